@@ -1,0 +1,75 @@
+"""The vision encoder: a ViT that runs on the visible patches alone.
+
+Dimension letters: B batch, N patches, K visible patches, P values of a patch, D width.
+Parameter names are timm's (`cls_token`, `patch_embed.proj`, `blocks.N.…`, `norm`), without a prefix.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mug.kernels.masked_patch_loss import gather_patches, normalize_channels, patchify
+from mug.model.positions import sincos_2d
+from mug.model.presets import ModelConfig
+from mug.model.vit import LayerNorm, vit_block
+
+PIXEL_MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as MAE and timm's MAE weights have them
+PIXEL_STD = (0.229, 0.224, 0.225)
+
+
+class PatchProjection(nn.Module):
+    """timm's patch convolution (weight [D, 3, p, p]) applied to patches that are already cut out."""
+
+    def __init__(self, patch_size: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, 3, patch_size, patch_size))
+        self.bias = nn.Parameter(torch.zeros(width))
+        nn.init.xavier_uniform_(self.weight.view(width, -1))
+
+    def forward(self, patches_BKP: Tensor) -> Tensor:
+        weight_DP = self.weight.permute(0, 2, 3, 1).flatten(1)  # patches come as (row, column, channel)
+        return nn.functional.linear(patches_BKP.to(weight_DP.dtype), weight_DP, self.bias)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size: int, width: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = PatchProjection(patch_size, width)
+
+    def forward(self, image_BCHW: Tensor, visible_BK: Tensor | None) -> Tensor:
+        if visible_BK is None:
+            patches_BKP = patchify(image_BCHW, self.patch_size)
+        else:
+            patches_BKP = gather_patches(image_BCHW, visible_BK, self.patch_size)
+        return self.proj(normalize_channels(patches_BKP, PIXEL_MEAN, PIXEL_STD))
+
+
+class Encoder(nn.Module):
+    """ViT with a class token and fixed 2-D sin-cos positions."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.patch_embed = PatchEmbed(config.patch_size, config.width)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
+        nn.init.normal_(self.cls_token, std=0.02)
+        self.register_buffer("positions_ND", sincos_2d(config.width, config.grid), persistent=False)
+        self.blocks = nn.ModuleList(vit_block(config.width, config.heads) for _ in range(config.depth))
+        self.norm = LayerNorm(config.width)
+
+    def forward(self, image_BCHW: Tensor, visible_BK: Tensor | None = None) -> Tensor:
+        """Encode the visible patches.
+
+        Args:
+            image_BCHW: uint8 [B, 3, H, W], or floating in 0..1.
+            visible_BK: int64 [B, K], raster index of the patches to see; None sees all N in raster order.
+
+        Returns:
+            [B, 1 + K, D]: class token, then the visible patches in the order of `visible_BK`, normalised.
+        """
+        x = self.patch_embed(image_BCHW, visible_BK)  # [B, K, D]
+        positions = self.positions_ND if visible_BK is None else self.positions_ND[visible_BK]
+        x = x + positions
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # [B, 1 + K, D]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)

@@ -1,0 +1,43 @@
+"""MAE's pixel decoder (arXiv 2111.06377, section 3): from encoded visible patches to the masked ones.
+
+Dimension letters: B batch, N patches, K visible, M masked, P values of a patch, D width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mug.model.positions import sincos_2d
+from mug.model.presets import ModelConfig
+from mug.model.vit import LayerNorm, vit_block
+
+
+class PixelDecoder(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width = config.pixel_width
+        self.embed = nn.Linear(config.width, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.register_buffer("positions_ND", sincos_2d(width, config.grid), persistent=False)
+        self.blocks = nn.ModuleList(vit_block(width, config.pixel_heads) for _ in range(config.pixel_depth))
+        self.norm = LayerNorm(width)
+        self.pred = nn.Linear(width, config.patch_values)
+
+    def forward(self, encoded_BLD: Tensor, visible_BK: Tensor, masked_BM: Tensor) -> Tensor:
+        """Predict the masked patches.
+
+        Args:
+            encoded_BLD: [B, 1 + K, encoder width], class token first.
+            visible_BK, masked_BM: int64 raster indices of the patches.
+
+        Returns:
+            [B, M, P], in the order of `masked_BM`; values of a patch ordered (row, column, channel).
+        """
+        x = self.embed(encoded_BLD)  # [B, 1 + K, D]
+        # Attention does not care for the order of its tokens: the masked ones simply follow the visible ones.
+        visible = x[:, 1:] + self.positions_ND[visible_BK]
+        masked = self.mask_token + self.positions_ND[masked_BM]
+        x = torch.cat([x[:, :1], visible, masked], dim=1)  # [B, 1 + N, D]
+        for block in self.blocks:
+            x = block(x)
+        return self.pred(self.norm(x[:, -masked_BM.shape[1] :]))  # [B, M, P]

@@ -1,0 +1,302 @@
+#!/usr/bin/env python3
+"""Pre-train MUG on image-text pairs with DeepSpeed.
+
+    deepspeed run/pretrain.py --deepspeed ds_configs/zero3.json
+
+trains on the embedded default. A recipe can be named, and any of its keys changed:
+
+    deepspeed run/pretrain.py --deepspeed ds_configs/zero3.json --config run/recipes/cc3m_base.yaml \
+        --data.shards 'cc3m/{00000..00331}.tar' --trainer.max_steps 100 --output runs/try
+
+The same command again goes on where the run stopped. `torchrun` and plain `python` start it too.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mug.data.stream import Batch, Share, TrainStream, open_held_out, open_train
+from mug.model.mug import OBJECTIVES
+from mug.model.presets import Vocabulary
+from mug.run.training import checkpoint, hardware
+from mug.run.training.console import Console, run_command
+from mug.run.training.deepspeed_config import RecipeValues, check_batch, load_deepspeed_config
+from mug.run.training.engine import build_engine, set_learning_rate, whole_weights
+from mug.run.training.errors import RunError
+from mug.run.training.evaluation import HeldOut
+from mug.run.training.losses import Means, shares, total_loss
+from mug.run.training.metrics import Meter, MetricsWriter
+from mug.run.training.recipe import Command, Recipe, parse_command
+from mug.run.training.schedule import CosineSchedule
+
+
+def main(console: Console) -> None:
+    # --- Parse: all that can be refused is refused here, before anything is written ---
+    command = parse_command()
+    recipe = command.recipe
+    rank, world = hardware.rank_and_world()
+    hardware.use_cores()
+    check_batch(recipe.trainer.global_batch, recipe.trainer.micro_batch, world)
+    ds_config = load_deepspeed_config(command.deepspeed, recipe_values(recipe, world))
+    check_writable(command.output)
+
+    # --- Data ---
+    share = Share(recipe.trainer.global_batch, recipe.trainer.micro_batch, rank, world)
+    sizes = recipe.model.image_size, recipe.model.text_length
+    stream = open_train(recipe.data, recipe.seed, *sizes, share.global_batch, share.micro_batch, rank, world)
+    held_out = open_held_out(recipe.data, *sizes)
+    steps = count_steps(recipe, stream.samples)
+
+    # --- Model ---
+    hardware.init_distributed()
+    model = build_objective(recipe, vocabulary_of(stream))
+
+    # --- Resume: the newest whole checkpoint, if this output has one of this model ---
+    resumed = hardware.on_rank_zero(lambda: find_checkpoint(command, model, console))
+    console.log_to(command.output / "logs" / f"rank{rank}.log")
+
+    # --- Engine ---
+    engine = build_engine(model, ds_config, recipe.trainer)
+    if resumed:
+        checkpoint.load_engine(engine, resumed)
+        stream.load_state_dict(resumed.manifest["data"])
+
+    # --- Loop ---
+    if held_out is not None:
+        held_out = HeldOut(held_out, recipe.trainer.eval_samples, recipe.trainer.micro_batch, recipe.data.workers)
+    run = Run(command, engine, stream, held_out, steps, console)
+    introduce(run, resumed)
+    train(run, done=resumed.step if resumed else 0)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# --- Parse ------------------------------------------------------------------------------------------------
+
+
+def recipe_values(recipe: Recipe, world: int) -> RecipeValues:
+    """What the DeepSpeed JSON's "auto" values become: bf16 on GPUs, fp32 on CPUs, the rest from the recipe."""
+    trainer = recipe.trainer
+    return RecipeValues(
+        global_batch=trainer.global_batch,
+        micro_batch=trainer.micro_batch,
+        world_size=world,
+        gradient_clipping=trainer.gradient_clipping,
+        bf16=torch.cuda.is_available(),
+        learning_rate=trainer.learning_rate,
+        betas=tuple(trainer.betas),
+        eps=1e-8,
+        weight_decay=trainer.weight_decay,
+        width=recipe.model.width,
+    )
+
+
+def check_writable(output: Path) -> None:
+    """Raise RunError unless the run's folder can be made and written; what does not exist yet stays so."""
+    existing = output
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise RunError(f"--output {output}: {existing} is no folder that can be written; name another")
+
+
+def count_steps(recipe: Recipe, samples: int) -> int:
+    """Optimizer steps of the run: trainer.max_steps, or what trainer.epochs passes over the data make."""
+    trainer = recipe.trainer
+    steps = trainer.max_steps or int(trainer.epochs * samples // trainer.global_batch)
+    if steps < 1:
+        raise RunError(
+            f"trainer.epochs {trainer.epochs} x {samples} samples is less than one global batch of"
+            f" {trainer.global_batch}; raise trainer.epochs or name trainer.max_steps"
+        )
+    return steps
+
+
+# --- Model ------------------------------------------------------------------------------------------------
+
+
+def vocabulary_of(stream: TrainStream) -> Vocabulary:
+    t = stream.tokenizer
+    return Vocabulary(size=t.vocab_size, pad=t.pad, bos=t.bos, eos=t.eos, mask=t.mask)
+
+
+def build_objective(recipe: Recipe, vocabulary: Vocabulary) -> torch.nn.Module:
+    """The objective with freshly drawn weights, the same on all ranks and for all ZeRO stages."""
+    if recipe.objective not in OBJECTIVES:
+        raise RunError(f"objective {recipe.objective!r} is not one of {', '.join(OBJECTIVES)}")
+    torch.manual_seed(recipe.seed)
+    model = OBJECTIVES[recipe.objective](recipe.model, vocabulary, recipe.seed)
+    if set(recipe.loss_weights) != set(model.terms):
+        raise RunError(
+            f"loss_weights names {', '.join(recipe.loss_weights)}; {recipe.objective} has {', '.join(model.terms)}"
+        )
+    return model
+
+
+# --- Resume -----------------------------------------------------------------------------------------------
+
+
+def model_identity(recipe: Recipe, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What a checkpoint must agree in to be of this model."""
+    model = {f"model.{name}": value for name, value in dataclasses.asdict(recipe.model).items()}
+    return {"objective": recipe.objective, "vocabulary": dataclasses.asdict(vocabulary), **model}
+
+
+def find_checkpoint(command: Command, model: torch.nn.Module, console: Console) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from; raises RunError if it is of another model."""
+    found = checkpoint.newest(command.output, console.warn)
+    if found is None:
+        return None
+    mine = model_identity(command.recipe, model.vocabulary)
+    for name, theirs in found.manifest["model"].items():
+        if name != "model.preset" and mine.get(name) != theirs:
+            raise RunError(
+                f"{found.folder} is a checkpoint of another model: {name} is {theirs} there and {mine.get(name)}"
+                " here; change the recipe back, or name another --output"
+            )
+    return found
+
+
+# --- Loop -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the loop works with."""
+
+    command: Command
+    engine: Any
+    stream: TrainStream
+    held_out: HeldOut | None
+    steps: int
+    console: Console
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.command.recipe
+
+
+def introduce(run: Run, resumed: checkpoint.Checkpoint | None) -> None:
+    """Say what is about to be trained, on what, from where to where."""
+    recipe, say = run.recipe, run.console.say
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
+    share = run.stream.share
+    accumulation = share.global_batch // (share.micro_batch * share.world)
+    say(f"{recipe.objective} {recipe.model.preset}, {parameters / 1e6:.1f}M parameters, {run.command.output}")
+    say(f"{run.stream.samples:,} pairs an epoch, {run.steps:,} steps of {share.global_batch}")
+    say(
+        f"batch {share.global_batch} = {share.micro_batch} x {accumulation} accumulation x {share.world} rank(s)"
+        f" on {hardware.describe_device()}, ZeRO stage {run.engine.zero_optimization_stage()}"
+    )
+    if resumed and resumed.step >= run.steps:
+        say(f"step {resumed.step} was the last one; raise trainer.max_steps or name another --output to train more")
+    elif resumed:
+        say(f"going on after step {resumed.step} from {resumed.folder}")
+
+
+def train(run: Run, done: int) -> None:
+    """Train from step `done` to the end, with metrics, evaluations and checkpoints on the way."""
+    trainer = run.recipe.trainer
+    schedule = CosineSchedule(
+        trainer.learning_rate,
+        trainer.min_learning_rate,
+        trainer.warmup_samples,
+        run.steps * trainer.global_batch,
+    )
+    meter = Meter(run.recipe, run.engine.module.vocabulary.size)
+    run.console.start_bar(run.steps, done)
+    with open_metrics(run, done) as metrics:
+        batches = iter(run.stream)
+        for step in range(done + 1, run.steps + 1):
+            last = step == run.steps
+            with meter.waiting():
+                micro_batches = next(batches)
+            learning_rate = schedule(step * trainer.global_batch)
+            set_learning_rate(run.engine, learning_rate)
+            means = train_step(run.engine, micro_batches, run.recipe.loss_weights)
+            run.stream.advance()
+            line = None
+            if step % trainer.log_every == 0 or last:
+                figures = {**means.reduce(run.recipe.loss_weights), "lr": learning_rate, **meter.read()}
+                line = log_step(run, metrics, step, figures)
+            run.console.step(step, line)
+            with meter.pausing():
+                if run.held_out and (step % trainer.eval_every == 0 or last):
+                    evaluate(run, metrics, step)
+                if step % run.recipe.checkpoint.every_steps == 0 or last:
+                    save(run, step)
+
+
+def train_step(engine: Any, micro_batches: list[Batch], weights: dict[str, float]) -> Means:
+    """One optimizer step over this rank's micro-batches; returns the figures it was made of."""
+    objective, means = engine.module, Means()
+    counts = [objective.counts(batch) for batch in micro_batches]
+    for batch, count, share in zip(micro_batches, counts, shares(counts, objective.terms), strict=True):
+        losses, report = engine(hardware.to_device(batch))
+        engine.backward(total_loss(losses, weights, dict(zip(objective.terms, share, strict=True))))
+        engine.step()
+        means.add(losses, report, count)
+    return means
+
+
+def open_metrics(run: Run, done: int) -> contextlib.AbstractContextManager[MetricsWriter | None]:
+    """The writer on rank 0, nothing on the others."""
+    if dist.get_rank() > 0:
+        return contextlib.nullcontext()
+    return MetricsWriter(run.command.output, done)
+
+
+def log_step(run: Run, metrics: MetricsWriter | None, step: int, figures: dict[str, float]) -> str:
+    """Write a step's row; returns its line for the terminal.
+
+    Raises:
+        ArithmeticError: a loss is not finite.
+    """
+    norm = run.engine.get_global_grad_norm()
+    figures["grad_norm"] = None if norm is None else float(norm)
+    if metrics:
+        metrics.write("train", step, {"position": run.stream.next_position, **figures})
+    if not math.isfinite(figures["loss/total"]):
+        raise ArithmeticError(f"the loss of step {step} is not finite: {figures}")
+    return _line(figures) + f"  lr {figures['lr']:.2e}  {figures['images_per_s']:.0f} images/s"
+
+
+def evaluate(run: Run, metrics: MetricsWriter | None, step: int) -> None:
+    """Held-out losses, and a picture drawn from a whole copy of the weights on rank 0."""
+    figures = run.held_out.evaluate(run.engine, run.recipe.loss_weights)
+    run.console.say(f"step {step}  held out: {_line(figures)}")
+    weights = whole_weights(run.engine)
+    if metrics:
+        metrics.write("eval", step, {"position": run.stream.next_position, **figures})
+        objective = run.engine.module
+        copy = type(objective)(objective.config, objective.vocabulary, objective.seed)
+        copy.load_state_dict(weights)
+        run.held_out.draw(copy, run.command.output / "samples" / f"step-{step}.png")
+    dist.barrier()
+
+
+def _line(figures: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if name.startswith(("loss/", "acc")))
+
+
+def save(run: Run, step: int) -> None:
+    """Commit a checkpoint: weights, optimizer, the data's state, and what generate.py needs."""
+    state = {
+        "model": model_identity(run.recipe, run.engine.module.vocabulary),
+        "recipe": dataclasses.asdict(run.recipe),
+        "data": run.stream.state_dict(),
+        "world_size": dist.get_world_size(),
+        "zero_stage": run.engine.zero_optimization_stage(),
+    }
+    attached = {"tokenizer.json": run.stream.tokenizer.to_json()}
+    checkpoint.save(run.engine, run.command.output, step, state, attached, run.recipe.checkpoint.keep)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,207 @@
+"""Checkpoints that a crash at any moment leaves loadable, and damage cannot enter.
+
+A checkpoint is DeepSpeed's sharded folder plus `manifest.json`. The order of a save is the promise: all ranks
+write into `checkpoint-STEP.partial`, fsync, the manifest with every file's SHA-256 is written, the folder takes
+its name, `latest` is replaced, old ones go. A folder without a manifest that agrees is never loaded.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mug.run.training.errors import RunError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files agree with its manifest."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.manifest["step"]
+
+
+def save(engine: Any, output: Path, step: int, state: dict[str, Any], attached: dict[str, str], keep: int) -> None:
+    """Commit the engine's state as OUTPUT/checkpoint-STEP; called by all ranks.
+
+    Args:
+        engine: DeepSpeed's engine.
+        state: JSON values that go into the manifest (data state, recipe, vocabulary).
+        attached: texts by file name, stored beside the shards.
+        keep: how many of the newest checkpoints remain.
+    """
+    import torch.distributed as dist
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    final = output / f"checkpoint-{step}"
+    partial = output / f"checkpoint-{step}.partial"
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(final, ignore_errors=True)  # of this step, but found damaged when the run resumed
+    dist.barrier()
+    engine.save_checkpoint(str(output), tag=partial.name, save_latest=False)
+    if rank == 0:
+        for name, text in attached.items():
+            (partial / name).write_text(text)
+    dist.barrier()
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    mine = {str(path.relative_to(partial)): _seal(path) for path in files[rank::world]}
+    sealed: list[dict[str, dict]] = [{}] * world
+    dist.all_gather_object(sealed, mine)
+    if rank == 0:
+        merged = dict(sorted(item for part in sealed for item in part.items()))
+        _write_json(partial / MANIFEST, {"format": FORMAT, "step": step, "files": merged, **state})
+        _sync_folder(partial)
+        os.replace(partial, final)
+        _write_text(output / "latest", final.name)
+        _prune(output, keep)
+    dist.barrier()
+
+
+def newest(output: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint of a run that is whole; damaged ones are named and passed over.
+
+    Raises:
+        RunError: there are checkpoints, but none is whole.
+    """
+    folders = list_folders(output)
+    for folder in folders:
+        try:
+            return verify(folder)
+        except RunError as damage:
+            warn(f"{damage}; trying the one before")
+    if folders:
+        raise RunError(f"{output}: none of its {len(folders)} checkpoints is whole; name another --output")
+    return None
+
+
+def list_folders(output: Path) -> list[Path]:
+    """The run's checkpoint folders, newest first."""
+    found = [
+        (int(match[1]), path)
+        for path in output.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+    ]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def verify(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`, once every file has the size and SHA-256 of the manifest.
+
+    Raises:
+        RunError: names the file that is missing or damaged.
+    """
+    manifest = read_manifest(folder)
+    for name, seal in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise RunError(f"{folder}: {name} is missing")
+        if path.stat().st_size != seal["size"] or _sha256(path) != seal["sha256"]:
+            raise RunError(f"{folder}: {name} is damaged (its SHA-256 is not the manifest's)")
+    return Checkpoint(folder, manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest alone, its files unread.
+
+    Raises:
+        RunError: there is none, or it is no manifest of ours.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise RunError(f"{folder}: no {MANIFEST}, so it is no finished checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder}: {MANIFEST} cannot be read ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise RunError(f"{folder}: {MANIFEST} has another format than {FORMAT}")
+    return manifest
+
+
+def load_engine(engine: Any, checkpoint: Checkpoint) -> None:
+    """Restore weights and optimizer on all ranks.
+
+    Raises:
+        RunError: the checkpoint was written by another number of ranks or another ZeRO stage.
+    """
+    import torch.distributed as dist
+
+    written = (checkpoint.manifest["world_size"], checkpoint.manifest["zero_stage"])
+    present = (dist.get_world_size(), engine.zero_optimization_stage())
+    if written != present:
+        raise RunError(
+            f"{checkpoint.folder} was written by {written[0]} rank(s) under ZeRO stage {written[1]}, this run has"
+            f" {present[0]} under stage {present[1]}; start it as it was, or name another --output"
+        )
+    path, _ = engine.load_checkpoint(
+        str(checkpoint.folder.parent), tag=checkpoint.folder.name, load_lr_scheduler_states=False
+    )
+    if path is None:
+        raise RunError(f"{checkpoint.folder}: DeepSpeed found nothing to load in it")
+
+
+def consolidated_weights(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The model's fp32 state dict, put together from the shards of any number of ranks, on the CPU."""
+    import torch
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    if checkpoint.manifest["zero_stage"] > 0:
+        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.folder.parent), checkpoint.folder.name)
+    # Written by us, and its SHA-256 agrees: DeepSpeed's file also holds objects that weights_only refuses.
+    path = checkpoint.folder / "mp_rank_00_model_states.pt"
+    weights = torch.load(path, map_location="cpu", weights_only=False)["module"]
+    return {name: tensor.float() for name, tensor in weights.items()}
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """fsync a file; its size and SHA-256."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    _write_text(path, json.dumps(value, indent=1))
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Replace a file so that a reader, or a crash, finds the old text or the new one."""
+    fresh = path.with_name(path.name + ".fresh")
+    with fresh.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _prune(output: Path, keep: int) -> None:
+    for folder in list_folders(output)[keep:]:
+        folder.rename(folder.with_suffix(".partial"))  # or a crash in mid-removal would leave a damaged one
+    for left in output.glob("checkpoint-*.partial"):  # of a save that a crash cut
+        shutil.rmtree(left)

@@ -1,0 +1,111 @@
+"""Our own lines on the terminal, from rank 0; everything that libraries print, in a log file per rank."""
+
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mug.run.training.errors import user_errors
+
+
+class Console:
+    """Keeps the terminal to itself and sends file descriptors 1 and 2 elsewhere.
+
+    They go to a file without a name until `log_to` gives them the run's log: a command that ends on a user's
+    mistake leaves nothing behind.
+    """
+
+    def __init__(self, rank: int):
+        self.rank = rank
+        self.terminal: TextIO = os.fdopen(os.dup(1), "w", buffering=1)
+        self.errors: TextIO = os.fdopen(os.dup(2), "w", buffering=1)
+        self.early = tempfile.TemporaryFile()  # noqa: SIM115
+        self.log: Path | None = None
+        self.bar: Progress | None = None
+        self._redirect(self.early.fileno())
+
+    @staticmethod
+    def _redirect(descriptor: int) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+
+    def log_to(self, path: Path) -> None:
+        """Append what was said so far, and all that follows, to the file `path`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.log = path
+        with path.open("ab") as file:
+            self._redirect(file.fileno())
+            self.early.seek(0)
+            file.write(self.early.read())
+        self.early.close()
+
+    def say(self, line: str) -> None:
+        """A line on the terminal, from rank 0 alone; above the progress bar if there is one."""
+        if self.rank == 0:
+            self.bar.console.print(line, highlight=False, markup=False) if self.bar else print(line, file=self.terminal)
+
+    def warn(self, line: str) -> None:
+        self.say(f"warning: {line}")
+
+    def fail(self, line: str) -> None:
+        print(line, file=self.errors)
+
+    def start_bar(self, total: int, done: int) -> None:
+        """A progress bar where the terminal can show one; plain lines (`step`) do elsewhere."""
+        if self.rank == 0 and self.terminal.isatty():
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.description}"),
+            )
+            console = RichConsole(file=self.terminal)
+            self.bar = Progress(*columns, TimeRemainingColumn(), console=console)
+            self.bar.add_task("", total=total, completed=done)
+            self.bar.start()
+
+    def step(self, step: int, text: str | None) -> None:
+        """Show that `step` is done; `text` holds its figures, at the steps that are logged."""
+        if self.bar:
+            self.bar.update(self.bar.task_ids[0], completed=step, **({"description": text} if text else {}))
+        elif text:
+            self.say(f"step {step}  {text}")
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+
+def run_command(main: Callable[[Console], None]) -> None:
+    """Run an entry point: user errors end with one line and status 2, others with a traceback and status 1."""
+    console = Console(rank=int(os.environ.get("RANK", 0)))
+    started = time.time()
+    try:
+        main(console)
+    except user_errors() as error:
+        console.close()
+        if console.rank == 0:
+            console.fail(f"error: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.close()
+        console.fail("stopped by the keyboard; the same command goes on from the last checkpoint")
+        sys.exit(130)
+    except Exception:
+        console.close()
+        trace = traceback.format_exc()
+        print(trace, file=sys.stderr)  # into the log
+        where = f"; what the libraries said before is in {console.log}" if console.log else ""
+        console.fail(f"{trace}rank {console.rank} stopped after {time.time() - started:.0f} s{where}")
+        sys.exit(1)
+    console.close()

@@ -1,0 +1,56 @@
+"""The DeepSpeed engine around an objective."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mug.run.training.recipe import TrainerConfig
+
+NO_DECAY = ("cls_token", "mask_token", "position_embed")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices, with weight decay; norms, biases, tokens and positions, without."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        decays = parameter.ndim > 1 and not name.endswith(NO_DECAY)
+        groups[decays].append(parameter)
+    return [
+        {"params": groups[True], "weight_decay": weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
+    ]
+
+
+def build_engine(model: nn.Module, ds_config: dict[str, Any], trainer: TrainerConfig) -> Any:
+    """deepspeed.initialize on the model; under ZeRO-3 each block is gathered as a whole."""
+    import deepspeed
+    from deepspeed.utils import set_z3_leaf_modules
+
+    if ds_config.get("zero_optimization", {}).get("stage") == 3:
+        set_z3_leaf_modules(model, model.zero3_leaves)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=parameter_groups(model, trainer.weight_decay),
+        config=ds_config,
+        dist_init_required=False,
+    )
+    return engine
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+@torch.no_grad()
+def whole_weights(engine: Any) -> dict[str, torch.Tensor] | None:
+    """The weights as they are now, on the CPU of rank 0 (None elsewhere); one parameter at a time is gathered."""
+    import deepspeed
+
+    weights = {}
+    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if engine.global_rank == 0:
+                weights[name] = parameter.detach().float().cpu().clone()
+    return weights if engine.global_rank == 0 else None

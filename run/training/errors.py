@@ -1,0 +1,14 @@
+"""What a user did wrong, said in one line with exit status 2."""
+
+
+class RunError(Exception):
+    """A mistake that the user can mend: one line that names the thing and the mend."""
+
+
+def user_errors() -> tuple[type[Exception], ...]:
+    """The exceptions of every layer that end a command with one line and exit status 2."""
+    from mug.data.errors import DataError
+    from mug.model.presets import ModelConfigError
+    from mug.run.training.deepspeed_config import DeepSpeedConfigError
+
+    return RunError, DataError, ModelConfigError, DeepSpeedConfigError

@@ -1,0 +1,60 @@
+"""Held-out losses, and a picture of what the model makes of held-out pairs."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, default_collate
+
+from mug.data.stream import Pairs
+from mug.run.training.hardware import to_device
+from mug.run.training.losses import Means
+from mug.run.training.pictures import draw_grid
+from mug.run.training.samples import rows
+
+PICTURED = 8  # held-out pairs in the picture
+
+
+class HeldOut:
+    """The first `samples` held-out pairs, in batches that the ranks take in turn.
+
+    ZeRO-3 wants the same number of forward passes on all ranks: a rank whose turn has no batch left repeats the
+    last one and counts it as nothing. So the figures are the same for any number of ranks.
+    """
+
+    def __init__(self, pairs: Pairs, samples: int, micro_batch: int, workers: int):
+        self.pairs = pairs
+        rank, world = dist.get_rank(), dist.get_world_size()
+        count = min(samples, len(pairs))
+        batches = [list(range(i, min(i + micro_batch, count))) for i in range(0, count, micro_batch)]
+        turns = range(rank, math.ceil(len(batches) / world) * world, world)
+        self.real = [turn < len(batches) for turn in turns]
+        self.loader = DataLoader(
+            pairs,
+            batch_sampler=[batches[min(turn, len(batches) - 1)] for turn in turns],
+            num_workers=workers,
+            multiprocessing_context="forkserver" if workers else None,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, engine: Any, weights: Mapping[str, float]) -> dict[str, float]:
+        """Means over the held-out pairs, the same on all ranks: `loss/total`, `loss/TERM`, `accuracy/TERM`."""
+        means = Means()
+        engine.eval()
+        for batch, real in zip(self.loader, self.real, strict=True):
+            losses, report = engine(to_device(batch))
+            counts = engine.module.counts(batch)
+            means.add(losses, report, counts if real else dict.fromkeys(counts, 0))
+        engine.train()
+        return means.reduce(weights)
+
+    def draw(self, model: nn.Module, path: Path) -> None:
+        """A picture of some pairs, spread over the set. `model` holds whole weights: rank 0 does this alone."""
+        count = min(PICTURED, len(self.pairs))
+        batch = default_collate([self.pairs[i * len(self.pairs) // count] for i in range(count)])
+        true = [self.pairs.tokenizer.decode(row[1:]) for row in batch["tokens"].tolist()]
+        draw_grid(rows(model, self.pairs.tokenizer, batch, true), path)

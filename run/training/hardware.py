@@ -1,0 +1,100 @@
+"""Ranks, cores and devices: what the run stands on."""
+
+import os
+import resource
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mug.run.training.errors import RunError
+
+# Dense bf16 FLOP/s by the vendors' data sheets; the longest name that fits counts.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+
+def rank_and_world() -> tuple[int, int]:
+    """RANK and WORLD_SIZE as torchrun and the DeepSpeed launcher set them; alone, rank 0 of 1."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    if "RANK" not in os.environ:
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def use_cores() -> None:
+    """Share the cores of a CPU machine among its ranks, unless the user has set OMP_NUM_THREADS."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+
+
+def init_distributed() -> None:
+    """Start the process group: NCCL on GPUs, gloo on CPUs."""
+    import deepspeed
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False)
+
+
+def device() -> torch.device:
+    """The device of this rank."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def to_device(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch on this rank's device; copies from pinned memory overlap with work there."""
+    return {name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items()}
+
+
+def describe_device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} thread(s)"
+
+
+def peak_flops() -> float | None:
+    """Dense bf16 FLOP/s of this rank's device, None where it is not known."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    fits = [key for key in PEAK_FLOPS if key in name]
+    return PEAK_FLOPS[max(fits, key=len)] if fits else None
+
+
+def peak_memory_gb() -> float:
+    """Most memory that this rank has used: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def on_rank_zero(ask: Callable[[], Any]) -> Any:
+    """What `ask()` returns on rank 0, on all ranks; its RunError is raised on all of them too."""
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [ask()]
+        except RunError as error:
+            answer = [error]
+    dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], RunError):
+        raise answer[0]
+    return answer[0]

@@ -1,0 +1,100 @@
+"""Figures of a run: flat JSON lines and TensorBoard."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import torch.distributed as dist
+
+from mug.model.flops import flops_per_sample
+from mug.run.training import hardware
+from mug.run.training.recipe import Recipe
+
+
+class MetricsWriter:
+    """Appends rows to OUTPUT/metrics.jsonl and scalars to OUTPUT/tensorboard.
+
+    A run that goes on from step `resumed` first drops the rows of later steps, which it will write again:
+    each step stands in the file once.
+    """
+
+    def __init__(self, output: Path, resumed: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = output / "metrics.jsonl"
+        if self.path.exists():
+            self._truncate(resumed)
+        self.file = self.path.open("a", buffering=1)
+        self.board = SummaryWriter(str(output / "tensorboard"), purge_step=resumed + 1)
+
+    def _truncate(self, resumed: int) -> None:
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # cut by a crash in mid-write
+                continue
+            if row["kind"] == "event" or row["step"] <= resumed:
+                kept.append(line + "\n")
+        fresh = self.path.with_suffix(".fresh")
+        fresh.write_text("".join(kept))
+        os.replace(fresh, self.path)
+
+    def write(self, kind: str, step: int, figures: dict[str, object]) -> None:
+        """One row; `kind` is train, eval or event. Numbers also go to TensorBoard as kind/name."""
+        self.file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
+        for name, value in figures.items():
+            if isinstance(value, int | float):
+                self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.close()
+        self.board.close()
+
+
+class Meter:
+    """Speed since the last reading, without the time spent on evaluations and checkpoints."""
+
+    def __init__(self, recipe: Recipe, vocabulary_size: int):
+        self.batch = recipe.trainer.global_batch
+        flops = sum(flops_per_sample(recipe.model, vocabulary_size).values())
+        peak = hardware.peak_flops()
+        self.mfu_of_rate = flops / (peak * dist.get_world_size()) if peak else None
+        self._restart()
+
+    def _restart(self) -> None:
+        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for a step's data."""
+        begin = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - begin
+        self.steps += 1
+
+    @contextlib.contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Around what is no training."""
+        begin = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - begin
+
+    def read(self) -> dict[str, float]:
+        """`images_per_s`, `data_wait` (share of the step), `memory_gb`, and `mfu` where the peak is known."""
+        seconds = time.perf_counter() - self.start
+        rate = self.steps * self.batch / seconds
+        figures = {"images_per_s": rate, "data_wait": self.waited / seconds}
+        if self.mfu_of_rate:
+            figures["mfu"] = rate * self.mfu_of_rate
+        self._restart()
+        return {**figures, "memory_gb": hardware.peak_memory_gb()}

@@ -1,0 +1,159 @@
+"""The recipe: what a pre-training run is made of, from YAML and the command line. No torch in here."""
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jsonargparse import SUPPRESS, ArgumentParser, Namespace
+
+from mug.data.config import DataConfig
+from mug.model.presets import ModelConfig, resolve
+from mug.run.training.errors import RunError
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+DEFAULT_RECIPE = RECIPES / "openmoji_tiny.yaml"
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How the model is trained.
+
+    Args:
+        global_batch: samples of one optimizer step, over all ranks and accumulation steps.
+        micro_batch: samples that one rank puts through the model at once.
+        max_steps: optimizer steps of the run; without it, `epochs` decides.
+        epochs: passes over the data.
+        base_learning_rate: AdamW's peak learning rate at a global batch of 256; scaled linearly (MAE).
+        min_learning_rate: where the cosine ends.
+        warmup_samples: samples over which the learning rate rises linearly.
+        weight_decay: not on norms, biases, tokens and positions.
+        betas: AdamW's.
+        gradient_clipping: largest global gradient norm; 0 does not clip.
+        log_every: steps between two rows of metrics.
+        eval_every: steps between two evaluations on held-out pairs; also at the end.
+        eval_samples: held-out pairs to evaluate on; all if there are fewer.
+    """
+
+    global_batch: int = 4096
+    micro_batch: int = 64
+    max_steps: int | None = None
+    epochs: float = 1.0
+    base_learning_rate: float = 1.5e-4
+    min_learning_rate: float = 0.0
+    warmup_samples: int = 0
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    gradient_clipping: float = 1.0
+    log_every: int = 10
+    eval_every: int = 1000
+    eval_samples: int = 10000
+
+    @property
+    def learning_rate(self) -> float:
+        return self.base_learning_rate * self.global_batch / 256
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run's state is saved.
+
+    Args:
+        every_steps: steps between two checkpoints; also at the end.
+        keep: how many of the newest to keep.
+    """
+
+    every_steps: int = 1000
+    keep: int = 3
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One pre-training run.
+
+    Args:
+        objective: what is learned, a name in mug.model.mug.OBJECTIVES.
+        loss_weights: factor of each term of the objective in the total loss.
+        seed: of weights, order of samples, crops and masks.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    trainer: TrainerConfig
+    checkpoint: CheckpointConfig
+    objective: str = "mug"
+    loss_weights: dict[str, float] = field(default_factory=lambda: {"pixels": 1.0, "caption": 0.1})
+    seed: int = 0
+
+    def as_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line says: the recipe, the DeepSpeed JSON, and the folder of the run."""
+
+    recipe: Recipe
+    deepspeed: Path
+    output: Path
+
+
+class _Parser(ArgumentParser):
+    """Errors become a RunError of one line, for the entry point to print."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        lines = [line.strip(" -") for line in str(message).splitlines() if line.strip(" -")]
+        raise RunError(": ".join(lines).replace("::", ":")) from ex
+
+
+def build_parser() -> ArgumentParser:
+    """The options of run/pretrain.py."""
+    parser = _Parser(prog="pretrain.py", description="Pre-train MUG on image-text pairs.")
+    parser.add_argument("--config", action="config", help="recipe, a YAML file (default: openmoji_tiny.yaml)")
+    parser.add_argument("--deepspeed", type=str | None, default=None, help="DeepSpeed JSON, from ds_configs/")
+    parser.add_argument("--output", type=str | None, default=None, help="folder of the run (runs/RECIPE)")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=SUPPRESS)  # the launcher's
+    parser.add_class_arguments(Recipe, as_group=False)
+    return parser
+
+
+def parse_command(arguments: list[str] | None = None) -> Command:
+    """Parse the command line of run/pretrain.py.
+
+    Raises:
+        RunError: an unknown flag or recipe key, a value of the wrong type, a missing recipe or JSON.
+        ModelConfigError: sizes that do not fit together.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    recipe_file = _recipe_file(arguments)
+    if recipe_file is None:
+        recipe_file = DEFAULT_RECIPE
+        arguments = ["--config", str(recipe_file), *arguments]
+    if not recipe_file.is_file():
+        shipped = ", ".join(sorted(path.name for path in RECIPES.glob("*.yaml")))
+        raise RunError(f"--config {recipe_file}: no such file; {RECIPES.name}/ holds {shipped}")
+    parser = build_parser()
+    parsed = parser.parse_args(arguments)
+    if parsed.deepspeed is None:
+        raise RunError("--deepspeed is missing; name a DeepSpeed JSON, for example ds_configs/zero3.json")
+    output = Path(parsed.output or Path("runs") / recipe_file.stem)
+    return Command(_recipe(parser.instantiate_classes(parsed)), Path(parsed.deepspeed), output)
+
+
+def _recipe_file(arguments: list[str]) -> Path | None:
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == "--config":
+            return Path(following)
+        if argument.startswith("--config="):
+            return Path(argument.partition("=")[2])
+    return None
+
+
+def _recipe(values: Namespace) -> Recipe:
+    recipe = Recipe(**{f.name: values[f.name] for f in dataclasses.fields(Recipe)})
+    for section, name in (("trainer", "log_every"), ("trainer", "eval_every"), ("checkpoint", "every_steps")):
+        if getattr(getattr(recipe, section), name) < 1:
+            raise RunError(f"{section}.{name} must be at least 1")
+    if recipe.checkpoint.keep < 1:
+        raise RunError("checkpoint.keep must be at least 1: a run without a checkpoint cannot go on")
+    return dataclasses.replace(recipe, model=resolve(recipe.model))

