@@ -33,6 +33,7 @@ from mug.run.training.evaluation import HeldOut
 from mug.run.training.losses import Means, shares, total_loss
 from mug.run.training.metrics import Meter, MetricsWriter
 from mug.run.training.recipe import Command, Recipe, parse_command
+from mug.run.training.restore import describe_model
 from mug.run.training.schedule import CosineSchedule
 
 
@@ -142,24 +143,18 @@ def build_objective(recipe: Recipe, vocabulary: Vocabulary) -> torch.nn.Module:
 # --- Resume -----------------------------------------------------------------------------------------------
 
 
-def model_identity(recipe: Recipe, vocabulary: Vocabulary) -> dict[str, Any]:
-    """What a checkpoint must agree in to be of this model."""
-    model = {f"model.{name}": value for name, value in dataclasses.asdict(recipe.model).items()}
-    return {"objective": recipe.objective, "vocabulary": dataclasses.asdict(vocabulary), **model}
-
-
 def find_checkpoint(command: Command, model: torch.nn.Module, console: Console) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from; raises RunError if it is of another model."""
     found = checkpoint.newest(command.output, console.warn)
-    if found is None:
-        return None
-    mine = model_identity(command.recipe, model.vocabulary)
-    for name, theirs in found.manifest["model"].items():
-        if name != "model.preset" and mine.get(name) != theirs:
-            raise RunError(
-                f"{found.folder} is a checkpoint of another model: {name} is {theirs} there and {mine.get(name)}"
-                " here; change the recipe back, or name another --output"
-            )
+    if found is not None:
+        mine = describe_model(command.recipe.objective, model)
+        for section, values in found.manifest["model"].items():
+            for name, theirs in values.items():
+                if name != "preset" and mine[section].get(name) != theirs:
+                    raise RunError(
+                        f"{found.folder} is a checkpoint of another model: {section} {name} is {theirs} there,"
+                        f" {mine[section].get(name)} here; change the recipe back, or name another --output"
+                    )
     return found
 
 
@@ -288,7 +283,7 @@ def _line(figures: dict[str, float]) -> str:
 def save(run: Run, step: int) -> None:
     """Commit a checkpoint: weights, optimizer, the data's state, and what generate.py needs."""
     state = {
-        "model": model_identity(run.recipe, run.engine.module.vocabulary),
+        "model": describe_model(run.recipe.objective, run.engine.module),
         "recipe": dataclasses.asdict(run.recipe),
         "data": run.stream.state_dict(),
         "world_size": dist.get_world_size(),

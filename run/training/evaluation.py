@@ -57,4 +57,4 @@ class HeldOut:
         count = min(PICTURED, len(self.pairs))
         batch = default_collate([self.pairs[i * len(self.pairs) // count] for i in range(count)])
         true = [self.pairs.tokenizer.decode(row[1:]) for row in batch["tokens"].tolist()]
-        draw_grid(rows(model, self.pairs.tokenizer, batch, true), path)
+        draw_grid(rows(model, self.pairs.tokenizer, batch["image"], batch["position"], true), path)

@@ -14,13 +14,12 @@ CELL, GAP, TEXT_WIDTH = 128, 8, 360  # pixels
 
 @dataclass(frozen=True)
 class Sample:
-    """One row: uint8 [3, H, W] images and captions; `true` is None where nobody knows."""
+    """One row: uint8 [3, H, W] images, and captions by who wrote them."""
 
     original: Tensor
     masked: Tensor
     reconstruction: Tensor
-    written: str
-    true: str | None
+    captions: dict[str, str]
 
     def images(self) -> list[Image.Image]:
         """Original, masked and reconstruction."""
@@ -42,12 +41,11 @@ def draw_grid(samples: list[Sample], path: Path) -> None:
         for column, image in enumerate(sample.images()):
             resized = image.resize((CELL, CELL), Image.Resampling.LANCZOS)
             page.paste(resized, (GAP + column * (CELL + GAP), y))
-        lines = _wrapped("written", sample.written)
-        lines += _wrapped("true", sample.true) if sample.true is not None else []
+        lines = [line for author, caption in sample.captions.items() for line in _wrapped(author, caption)]
         draw.multiline_text((2 * GAP + 3 * (CELL + GAP), y), "\n".join(lines), fill="black", font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path)
 
 
-def _wrapped(label: str, text: str) -> list[str]:
-    return [f"{label}:", *(textwrap.wrap(text, 44)[:3] or ["(none)"])]
+def _wrapped(author: str, caption: str) -> list[str]:
+    return [f"{author}:", *(textwrap.wrap(caption, 44)[:2] or ["(none)"])]

@@ -5,10 +5,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jsonargparse import SUPPRESS, ArgumentParser, Namespace
+from jsonargparse import SUPPRESS, Namespace
 
 from mug.data.config import DataConfig
 from mug.model.presets import ModelConfig, resolve
+from mug.run.training.command_line import Parser
 from mug.run.training.errors import RunError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -85,9 +86,6 @@ class Recipe:
     loss_weights: dict[str, float] = field(default_factory=lambda: {"pixels": 1.0, "caption": 0.1})
     seed: int = 0
 
-    def as_dict(self) -> dict:
-        return dataclasses.asdict(self)
-
 
 @dataclass(frozen=True)
 class Command:
@@ -98,17 +96,9 @@ class Command:
     output: Path
 
 
-class _Parser(ArgumentParser):
-    """Errors become a RunError of one line, for the entry point to print."""
-
-    def error(self, message: str, ex: Exception | None = None) -> None:
-        lines = [line.strip(" -") for line in str(message).splitlines() if line.strip(" -")]
-        raise RunError(": ".join(lines).replace("::", ":")) from ex
-
-
-def build_parser() -> ArgumentParser:
+def build_parser() -> Parser:
     """The options of run/pretrain.py."""
-    parser = _Parser(prog="pretrain.py", description="Pre-train MUG on image-text pairs.")
+    parser = Parser(prog="pretrain.py", description="Pre-train MUG on image-text pairs.")
     parser.add_argument("--config", action="config", help="recipe, a YAML file (default: openmoji_tiny.yaml)")
     parser.add_argument("--deepspeed", type=str | None, default=None, help="DeepSpeed JSON, from ds_configs/")
     parser.add_argument("--output", type=str | None, default=None, help="folder of the run (runs/RECIPE)")

@@ -1,4 +1,4 @@
-"""From a model and images to rows of a picture."""
+"""From a model and images to the rows of a picture."""
 
 import torch
 from torch import Tensor
@@ -10,25 +10,27 @@ from mug.run.training.pictures import Sample
 
 
 @torch.inference_mode()
-def show(
-    model: MUG, tokenizer: Tokenizer, image_BCHW: Tensor, position_B: Tensor, beams: int = 1
-) -> tuple[list[str], Tensor, Tensor]:
-    """(captions, masked, reconstruction) of uint8 images [B, 3, H, W]; captions are of the whole image.
+def rows(
+    model: MUG, tokenizer: Tokenizer, image_BCHW: Tensor, position_B: Tensor, true: list[str], beams: int = 1
+) -> list[Sample]:
+    """Reconstructions and captions of uint8 images [B, 3, H, W]; `position_B` decides the masks.
 
-    Without an autoregressive text decoder, the captions are empty.
+    Captions are written from the whole image: greedily, and with more than one beam also by beam search. A model
+    without an autoregressive text decoder writes none. An empty string in `true` is left out.
     """
     model.eval()
     masked, painted = reconstruct(model, image_BCHW, position_B)
-    if model.config.captioning != "autoregressive":
-        return [""] * len(image_BCHW), masked, painted
-    memory_BLD = model.encoder(image_BCHW)
-    tokens_BT = greedy(model, memory_BLD) if beams == 1 else beam_search(model, memory_BLD, beams)
-    return [tokenizer.decode(row) for row in tokens_BT[:, 1:].tolist()], masked, painted
+    written: dict[str, list[str]] = {}
+    if model.config.captioning == "autoregressive":
+        memory_BLD = model.encoder(image_BCHW)
+        written["written"] = _decode(tokenizer, greedy(model, memory_BLD))
+        if beams > 1:
+            written[f"written, {beams} beams"] = _decode(tokenizer, beam_search(model, memory_BLD, beams))
+    if any(true):
+        written["true"] = true
+    captions = [dict(zip(written, texts, strict=True)) for texts in zip(*written.values(), strict=True)]
+    return [Sample(*row) for row in zip(image_BCHW, masked, painted, captions, strict=True)]
 
 
-def rows(
-    model: MUG, tokenizer: Tokenizer, batch: dict[str, Tensor], true: list[str | None], beams: int = 1
-) -> list[Sample]:
-    """The rows of a picture for a batch of `image` and `position`."""
-    written, masked, painted = show(model, tokenizer, batch["image"], batch["position"], beams)
-    return [Sample(*row) for row in zip(batch["image"], masked, painted, written, true, strict=True)]
+def _decode(tokenizer: Tokenizer, tokens_BT: Tensor) -> list[str]:
+    return [tokenizer.decode(row) for row in tokens_BT[:, 1:].tolist()]

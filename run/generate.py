@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""Show what a checkpoint sees: reconstructions and captions, as a PNG and a self-contained HTML page.
+
+python run/generate.py runs/openmoji_tiny                      # held-out pairs of the embedded default
+python run/generate.py runs/openmoji_tiny photo.jpg shard.tar --beams 4 --out seen
+"""
+
+import base64
+import html
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from jsonargparse import Namespace
+from PIL import Image
+
+from mug.data import transforms
+from mug.data.config import DataConfig
+from mug.data.errors import DataError
+from mug.data.openmoji import ensure_openmoji
+from mug.data.shards import IMAGE, ShardIndex
+from mug.data.tokenizer import clean
+from mug.run.training.command_line import Parser
+from mug.run.training.console import Console, run_command
+from mug.run.training.errors import RunError
+from mug.run.training.pictures import COLUMNS, Sample, draw_grid
+from mug.run.training.restore import restore
+from mug.run.training.samples import rows
+
+
+def main(console: Console) -> None:
+    options = parse()
+    console.say(f"reading {options.checkpoint}")
+    model, tokenizer, found = restore(Path(options.checkpoint), console.warn)
+    images, true = read_inputs(options, model.config.image_size)
+    image_BCHW = torch.from_numpy(np.stack(images)).to(next(model.parameters()).device)
+    position_B = torch.arange(len(images), device=image_BCHW.device)
+    samples = rows(model, tokenizer, image_BCHW, position_B, true, options.beams)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    draw_grid(samples, out / "generated.png")
+    (out / "generated.html").write_text(
+        page(samples, f"{found.folder.name} of {found.folder.parent.name}", model.config.normalize_patches),
+        encoding="utf-8",
+    )
+    console.say(f"{len(samples)} images\n{out / 'generated.png'}\n{out / 'generated.html'}")
+
+
+def parse(arguments: list[str] | None = None) -> Namespace:
+    """The command line.
+
+    Raises:
+        RunError: an unknown flag, or a number out of range.
+    """
+    parser = Parser(prog="generate.py", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=str, help="folder of a run, or one of its checkpoint-STEP folders")
+    parser.add_argument("inputs", type=str, nargs="*", help="image files and tar shards (held-out OpenMoji pairs)")
+    parser.add_argument("--out", type=str, default="generated", help="folder for the PNG and the page")
+    parser.add_argument("--beams", type=int, default=4, help="beams, beside the greedy caption; 1 is greedy alone")
+    parser.add_argument("--limit", type=int, default=24, help="most images to show, spread over each shard")
+    parser.add_argument("--cache", type=str | None, default=None, help="folder of the embedded default")
+    options = parser.parse_args(arguments)
+    for name in ("beams", "limit"):
+        if options[name] < 1:
+            raise RunError(f"--{name} must be at least 1, not {options[name]}")
+    return options
+
+
+def read_inputs(options: Namespace, size: int) -> tuple[list[np.ndarray], list[str]]:
+    """uint8 [3, size, size] images and their captions ("" where there is none).
+
+    Raises:
+        RunError: a file is missing.
+        DataError: a file cannot be decoded; it is named.
+    """
+    paths = [Path(name) for name in options.inputs]
+    if not paths:
+        paths = sorted(ensure_openmoji(DataConfig(cache=options.cache).cache_folder()).glob("held_out-*.tar"))
+    images, true = [], []
+    for path in paths:
+        if not path.is_file():
+            raise RunError(f"{path}: no such file; name images or tar shards")
+        for data, caption in read_shard(path, options.limit) if path.suffix == ".tar" else [(path.read_bytes(), "")]:
+            try:
+                images.append(transforms.eval_view(transforms.decode(data), size))
+            except DataError as error:
+                raise DataError(f"{path}: {error}") from error
+            true.append(caption)
+    return images[: options.limit], true[: options.limit]
+
+
+def read_shard(path: Path, limit: int) -> list[tuple[bytes, str]]:
+    """Images and captions of at most `limit` pairs, spread evenly over the shard."""
+    index = ShardIndex.scan([path])
+    chosen = [i * len(index) // min(limit, len(index)) for i in range(min(limit, len(index)))]
+    return [(index.read(row, IMAGE), clean(index.caption(row, "en"))) for row in chosen]
+
+
+STYLE = """
+body { font: 16px system-ui, sans-serif; margin: 1.5rem auto; max-width: 62rem; padding: 0 1rem; color: #222 }
+article { display: flex; flex-wrap: wrap; gap: .6rem 1rem; padding: .9rem 0; border-top: 1px solid #ddd }
+figure { margin: 0 } img { width: 8rem; display: block; border: 1px solid #eee; image-rendering: auto }
+figcaption, dt { color: #666; font-size: .8rem } dl { margin: 0; flex: 1 1 14rem } dd { margin: 0 0 .5rem }
+"""
+
+
+def page(samples: list[Sample], source: str, normalized: bool) -> str:
+    """One HTML page that needs no other file and no network."""
+    note = (
+        "The loss is on patches less their mean, over their standard deviation: a painted patch is shown with the"
+        " true patch's mean and contrast."
+        if normalized
+        else "Painted patches are shown as predicted."
+    )
+    articles = "".join(_article(sample) for sample in samples)
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>MUG: {html.escape(source)}</title><style>{STYLE}</style>"
+        f"<h1>What MUG sees</h1><p>{html.escape(source)}. The encoder sees the patches that are not grey, and paints"
+        f" the others; captions are written from the whole image. {note}</p>{articles}</html>"
+    )
+
+
+def _article(sample: Sample) -> str:
+    figures = "".join(
+        f'<figure><img alt="{name}" src="{_data_url(image)}"><figcaption>{name}</figcaption></figure>'
+        for name, image in zip(COLUMNS, sample.images(), strict=True)
+    )
+    captions = "".join(
+        f"<dt>{html.escape(author)}</dt><dd>{html.escape(text) or '(none)'}</dd>"
+        for author, text in sample.captions.items()
+    )
+    return f"<article>{figures}<dl>{captions}</dl></article>"
+
+
+def _data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+if __name__ == "__main__":
+    run_command(main)
