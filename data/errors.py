@@ -1,0 +1,5 @@
+"""The one error that the data package shows to users."""
+
+
+class DataError(Exception):
+    """One clear line that names the thing and the mend. Entry points print it and exit with status 2."""

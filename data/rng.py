@@ -1,0 +1,19 @@
+"""Random numbers keyed by what they are for, so that no rank, worker or restart can change them."""
+
+import numpy as np
+
+ORDER, CROP, FLIP = range(3)  # purposes: each has its own stream
+
+
+def raw(seed: int, purpose: int, epoch: int, position: int, count: int) -> np.ndarray:
+    """`count` random uint64, a pure function of the other arguments.
+
+    They come straight from Philox, not through `Generator`: numpy keeps only the former stable over versions.
+    """
+    counter = np.array([0, 0, position, epoch], dtype=np.uint64)
+    return np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64), counter=counter).random_raw(count)
+
+
+def uniform(seed: int, purpose: int, epoch: int, position: int, count: int) -> np.ndarray:
+    """`count` float64 in [0, 1), a pure function of the other arguments."""
+    return (raw(seed, purpose, epoch, position, count) >> np.uint64(11)) * 2.0**-53

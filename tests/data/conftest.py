@@ -1,0 +1,54 @@
+"""Small shards and tokenizers, made of random pictures and known captions."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from PIL import Image
+
+from mug.data import openmoji
+
+settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
+settings.load_profile("no deadline")
+
+
+def png(image: Image.Image | np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def caption_of(i: int) -> str:
+    return f"picture number {i}"
+
+
+@pytest.fixture
+def make_shards():
+    """Function (folder, counts) → shards of random PNGs with captions; sample i is the same wherever it lies."""
+
+    def make(folder: Path, counts: list[int], prefix: str = "train") -> list[Path]:
+        folder.mkdir(exist_ok=True)
+        paths, i = [], 0
+        for shard, count in enumerate(counts):
+            members = []
+            for i in range(i, i + count):  # noqa: B020
+                random = np.random.default_rng(i)
+                size = random.integers(20, 40, 2).tolist()
+                members.append((f"{i:05d}.png", png(random.integers(0, 256, (*size, 3), dtype=np.uint8))))
+                members.append((f"{i:05d}.txt", caption_of(i).encode()))
+            i += 1
+            paths.append(folder / f"{prefix}-{shard:05d}.tar")
+            openmoji.write_tar(paths[-1], members)
+        return paths
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory) -> Path:
+    """A tokenizer.json trained on the captions of `make_shards`."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    openmoji.train_tokenizer([caption_of(i) for i in range(200)]).save(str(path))
+    return path
