@@ -254,27 +254,18 @@ def _tokenizer(config: DataConfig, embedded: Path | None) -> Tokenizer:
     return Tokenizer.load(config.tokenizer or embedded)
 
 
-def open_train(
-    config: DataConfig,
-    seed: int,
-    image_size: int,
-    text_length: int,
-    global_batch: int,
-    micro_batch: int,
-    rank: int,
-    world: int,
-) -> TrainStream:
+def open_train(config: DataConfig, seed: int, image_size: int, text_length: int, share: Share) -> TrainStream:
     """The training stream of one rank; builds the embedded pairs where no shards are given.
 
     `seed` sets the order of the samples, the crops and the flips.
 
     Raises:
-        DataError: shards or tokenizer are missing or damaged, or the batch does not divide.
+        DataError: shards or tokenizer are missing or damaged.
     """
-    share = Share(global_batch, micro_batch, rank, world)
     embedded = ensure_openmoji(config.cache_folder()) if config.shards is None else None
+    paths = expand(config.shards) if embedded is None else sorted(embedded.glob("train-*.tar"))
     tokenizer = _tokenizer(config, embedded)
-    index = ShardIndex.scan(expand(config.shards) if embedded is None else sorted(embedded.glob("train-*.tar")))
+    index = ShardIndex.scan(paths)
     augment = Augment(Order(len(index), seed), tuple(config.crop_scale), config.flip)
     pairs = Pairs(index, tokenizer, image_size, text_length, config.language, augment)
     return TrainStream(pairs, share, config.workers)
@@ -289,6 +280,6 @@ def open_held_out(config: DataConfig, image_size: int, text_length: int) -> Pair
     if config.shards is not None and config.held_out is None:
         return None
     embedded = ensure_openmoji(config.cache_folder()) if config.shards is None else None
-    tokenizer = _tokenizer(config, embedded)
     paths = expand(config.held_out) if config.held_out is not None else sorted(embedded.glob("held_out-*.tar"))
+    tokenizer = _tokenizer(config, embedded)
     return Pairs(ShardIndex.scan(paths), tokenizer, image_size, text_length, config.language)

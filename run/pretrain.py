@@ -50,7 +50,7 @@ def main(console: Console) -> None:
     # --- Data ---
     share = Share(recipe.trainer.global_batch, recipe.trainer.micro_batch, rank, world)
     sizes = recipe.model.image_size, recipe.model.text_length
-    stream = open_train(recipe.data, recipe.seed, *sizes, share.global_batch, share.micro_batch, rank, world)
+    stream = open_train(recipe.data, recipe.seed, *sizes, share)
     held_out = open_held_out(recipe.data, *sizes)
     steps = count_steps(recipe, stream.samples)
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
-from mug.data.stream import Pairs
+from mug.data.stream import Pairs, worker_settings
 from mug.run.training.hardware import to_device
 from mug.run.training.losses import Means
 from mug.run.training.pictures import draw_grid
@@ -36,8 +36,7 @@ class HeldOut:
         self.loader = DataLoader(
             pairs,
             batch_sampler=[batches[min(turn, len(batches) - 1)] for turn in turns],
-            num_workers=workers,
-            multiprocessing_context="forkserver" if workers else None,
+            **worker_settings(workers),
         )
 
     @torch.no_grad()

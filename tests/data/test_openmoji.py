@@ -18,7 +18,7 @@ from PIL import Image
 from mug.data import openmoji
 from mug.data.config import DataConfig
 from mug.data.shards import ShardIndex
-from mug.data.stream import open_held_out, open_train
+from mug.data.stream import Share, open_held_out, open_train
 from mug.data.tokenizer import Tokenizer
 
 
@@ -112,7 +112,7 @@ def test_the_tokenizer_knows_the_captions(folder):
 @pytest.mark.slow
 def test_it_is_what_training_gets_by_default(cache):
     config = DataConfig(cache=str(cache), workers=0)
-    stream = open_train(config, seed=0, image_size=64, text_length=32, global_batch=8, micro_batch=8, rank=0, world=1)
+    stream = open_train(config, seed=0, image_size=64, text_length=32, share=Share(8, 8, rank=0, world=1))
     held_out = open_held_out(config, image_size=64, text_length=32)
     assert stream.samples + len(held_out) == 3953
     (batch,) = next(iter(stream))

@@ -18,7 +18,7 @@ from mug.data.config import DataConfig
 from mug.data.errors import DataError
 from mug.data.openmoji import write_tar
 from mug.data.shards import IMAGE
-from mug.data.stream import TrainStream, open_held_out, open_train
+from mug.data.stream import Share, TrainStream, open_held_out, open_train
 
 COUNTS = [12, 9, 16]  # samples per shard: 37, which no batch divides
 GLOBAL_BATCH = 8
@@ -31,16 +31,8 @@ def config(tmp_path, make_shards, tokenizer_file) -> DataConfig:
 
 
 def open_stream(config: DataConfig, rank=0, world=1, micro_batch=GLOBAL_BATCH, seed=0) -> TrainStream:
-    return open_train(
-        config,
-        seed=seed,
-        image_size=16,
-        text_length=8,
-        global_batch=GLOBAL_BATCH,
-        micro_batch=micro_batch,
-        rank=rank,
-        world=world,
-    )
+    share = Share(GLOBAL_BATCH, micro_batch, rank, world)
+    return open_train(config, seed, image_size=16, text_length=8, share=share)
 
 
 def rows(step: list[dict]) -> list[tuple]:
@@ -202,7 +194,7 @@ def test_own_shards_need_a_tokenizer(config):
 
 def test_a_text_length_without_room_is_refused(config):
     with pytest.raises(DataError, match="text length 2"):
-        open_train(config, 0, 16, 2, 8, 8, 0, 1)
+        open_train(config, 0, 16, 2, Share(8, 8, 0, 1))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -239,11 +231,11 @@ def test_held_out_pairs(config, tmp_path, make_shards):
 TRAINER = """
 import sys
 from mug.data.config import DataConfig
-from mug.data.stream import open_train
+from mug.data.stream import Share, open_train
 
 if __name__ == "__main__":
     config = DataConfig(shards=sys.argv[1], tokenizer=sys.argv[2], workers=2)
-    steps = iter(open_train(config, 0, 16, 8, 8, 4, 0, 1))
+    steps = iter(open_train(config, 0, 16, 8, Share(8, 4, 0, 1)))
     next(steps)
     print("ready", flush=True)
     input()

@@ -1,0 +1,36 @@
+"""The commands that users type, and what they leave behind."""
+
+import pytest
+from launch import PYTHON, TOY, deepspeed, losses, pretrain, rows, torchrun
+
+STEPS = ("--trainer.max_steps", "3", *TOY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [PYTHON, deepspeed(1), deepspeed(2), torchrun(2)],
+    ids=["python", "deepspeed", "deepspeed 2 ranks", "torchrun 2 ranks"],
+)
+def test_trains_on_the_embedded_default(tmp_path, launcher):
+    done = pretrain(tmp_path / "run", *STEPS, launcher=launcher)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [row["step"] for row in rows(tmp_path / "run", "train")] == [1, 2, 3]
+    assert (tmp_path / "run" / "latest").read_text() == "checkpoint-3"
+    assert (tmp_path / "run" / "samples" / "step-3.png").is_file()
+    assert len(rows(tmp_path / "run", "eval")) == 1
+
+
+@pytest.mark.slow
+def test_zero_stages_and_ranks_give_the_same_losses(tmp_path):
+    runs = {f"zero{stage}": (f"ds_configs/zero{stage}.json", PYTHON) for stage in range(4)}
+    runs["zero3 on two ranks"] = ("ds_configs/zero3.json", torchrun(2))
+    curves = {}
+    for name, (config, launcher) in runs.items():
+        done = pretrain(tmp_path / name, *TOY, "--trainer.max_steps", "20", config=config, launcher=launcher)
+        assert done.returncode == 0, done.stdout + done.stderr
+        curves[name] = losses(tmp_path / name) + losses(tmp_path / name, "eval")
+        assert len(curves[name]) == 21
+    for name, curve in curves.items():
+        for mine, other in zip(curve, curves["zero0"], strict=True):
+            assert mine == pytest.approx(other, abs=1e-4), f"{name}, step {mine['step']}"

@@ -1,0 +1,74 @@
+"""A user's mistake ends with one line that names it, status 2, and nothing written."""
+
+import json
+
+import pytest
+from launch import ROOT, TOY, pretrain
+
+
+def config_with(tmp_path, *path: str) -> str:
+    """A copy of zero3.json with an unknown key at `path`."""
+    config = json.loads((ROOT / "ds_configs/zero3.json").read_text())
+    section = config
+    for key in path[:-1]:
+        section = section[key]
+    section[path[-1]] = 1
+    copy = tmp_path / "config.json"
+    copy.write_text(json.dumps(config))
+    return str(copy)
+
+
+CASES = {
+    "unknown recipe key": (["--trainer.learning_rat", "1"], "trainer.learning_rat"),
+    "unknown flag": (["--frobnicate", "1"], "frobnicate"),
+    "wrong type": (["--trainer.max_steps", "many"], "max_steps"),
+    "batch that does not divide": (["--trainer.global_batch", "10", "--trainer.micro_batch", "4"], "global batch 10"),
+    "missing shards": (["--data.shards", "nowhere/*.tar", "--data.tokenizer", "t.json"], "nowhere/*.tar"),
+    "image not a multiple of the patch": (["--model.image_size", "60"], "model.image_size 60"),
+    "unknown preset": (["--model.preset", "giant"], "giant"),
+    "unknown loss": (["--loss_weights", "{pixels: 1, captions: 1}"], "captions"),
+    "missing recipe": (["--config", "nothing.yaml"], "nothing.yaml"),
+}
+
+
+def assert_refused(done, names: str, output) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and names in lines[0], done.stderr
+    assert done.stdout == ""
+    assert not output.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_mistake_on_the_command_line(tmp_path, case):
+    options, names = CASES[case]
+    options = options if case == "missing recipe" else [*TOY, *options]
+    assert_refused(pretrain(tmp_path / "run", *options), names, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_unknown_key_in_a_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {preset: tiny}\ntrainer: {max_step: 3}\n")
+    assert_refused(pretrain(tmp_path / "run", "--config", str(recipe)), "max_step", tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path",
+    [("zero_optimisation",), ("zero_optimization", "overlap_com"), ("optimizer", "params", "beta"), ("bf16", "on")],
+    ids=".".join,
+)
+def test_unknown_key_in_the_deepspeed_json(tmp_path, path):
+    done = pretrain(tmp_path / "run", *TOY, config=config_with(tmp_path, *path))
+    assert_refused(done, ".".join(path), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_output_that_cannot_be_written(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    done = pretrain(file / "run", *TOY)
+    assert_refused(done, str(file), file / "run")
+    assert file.read_text() == "not a folder"
