@@ -8,6 +8,7 @@ python run/generate.py runs/openmoji_tiny photo.jpg shard.tar --beams 4 --out se
 import base64
 import html
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from mug.data.errors import DataError
 from mug.data.openmoji import ensure_openmoji
 from mug.data.shards import IMAGE, ShardIndex
 from mug.data.tokenizer import clean
+from mug.run.training.checkpoint import Checkpoint
 from mug.run.training.command_line import Parser
 from mug.run.training.console import Console, run_command
 from mug.run.training.errors import RunError
@@ -40,11 +42,10 @@ def main(console: Console) -> None:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     draw_grid(samples, out / "generated.png")
-    (out / "generated.html").write_text(
-        page(samples, f"{found.folder.name} of {found.folder.parent.name}", model.config.normalize_patches),
-        encoding="utf-8",
-    )
-    console.say(f"{len(samples)} images\n{out / 'generated.png'}\n{out / 'generated.html'}")
+    facts = [f"{found.folder.parent.name}, step {found.step}", *held_out_figures(found)]
+    (out / "generated.html").write_text(page(samples, facts, model.config.normalize_patches), encoding="utf-8")
+    for line in (*facts, f"{len(samples)} images", out / "generated.png", out / "generated.html"):
+        console.say(str(line))
 
 
 def parse(arguments: list[str] | None = None) -> Namespace:
@@ -97,6 +98,19 @@ def read_shard(path: Path, limit: int) -> list[tuple[bytes, str]]:
     return [(index.read(row, IMAGE), clean(index.caption(row, "en"))) for row in chosen]
 
 
+def held_out_figures(found: Checkpoint) -> list[str]:
+    """What the run measured on held-out pairs at this checkpoint's step, as a line; empty if it did not."""
+    metrics = found.folder.parent / "metrics.jsonl"
+    if not metrics.is_file():
+        return []
+    found_rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [
+        "held out: " + ", ".join(f"{name} {row[name]:.3f}" for name in row if name.startswith(("loss/", "accuracy/")))
+        for row in found_rows
+        if row["kind"] == "eval" and row["step"] == found.step
+    ]
+
+
 STYLE = """
 body { font: 16px system-ui, sans-serif; margin: 1.5rem auto; max-width: 62rem; padding: 0 1rem; color: #222 }
 article { display: flex; flex-wrap: wrap; gap: .6rem 1rem; padding: .9rem 0; border-top: 1px solid #ddd }
@@ -105,8 +119,9 @@ figcaption, dt { color: #666; font-size: .8rem } dl { margin: 0; flex: 1 1 14rem
 """
 
 
-def page(samples: list[Sample], source: str, normalized: bool) -> str:
+def page(samples: list[Sample], facts: list[str], normalized: bool) -> str:
     """One HTML page that needs no other file and no network."""
+    source = ". ".join(facts)
     note = (
         "The loss is on patches less their mean, over their standard deviation: a painted patch is shown with the"
         " true patch's mean and contrast."
@@ -117,7 +132,7 @@ def page(samples: list[Sample], source: str, normalized: bool) -> str:
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>MUG: {html.escape(source)}</title><style>{STYLE}</style>"
+        f"<title>MUG: {html.escape(facts[0])}</title><style>{STYLE}</style>"
         f"<h1>What MUG sees</h1><p>{html.escape(source)}. The encoder sees the patches that are not grey, and paints"
         f" the others; captions are written from the whole image. {note}</p>{articles}</html>"
     )

@@ -48,4 +48,4 @@ def draw_grid(samples: list[Sample], path: Path) -> None:
 
 
 def _wrapped(author: str, caption: str) -> list[str]:
-    return [f"{author}:", *(textwrap.wrap(caption, 44)[:2] or ["(none)"])]
+    return textwrap.wrap(f"{author}: {caption or '(none)'}", 46, max_lines=2, placeholder=" …")

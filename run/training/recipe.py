@@ -1,6 +1,7 @@
 """The recipe: what a pre-training run is made of, from YAML and the command line. No torch in here."""
 
 import dataclasses
+import itertools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,11 +128,11 @@ def parse_command(arguments: list[str] | None = None) -> Command:
     if parsed.deepspeed is None:
         raise RunError("--deepspeed is missing; name a DeepSpeed JSON, for example ds_configs/zero3.json")
     output = Path(parsed.output or Path("runs") / recipe_file.stem)
-    return Command(_recipe(parser.instantiate_classes(parsed)), Path(parsed.deepspeed), output)
+    return Command(_recipe(parser.instantiate(parsed)), Path(parsed.deepspeed), output)
 
 
 def _recipe_file(arguments: list[str]) -> Path | None:
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in itertools.pairwise([*arguments, ""]):
         if argument == "--config":
             return Path(following)
         if argument.startswith("--config="):
