@@ -36,6 +36,8 @@ def attention(
         ValueError: shapes that disagree, causal with Nq != Nk, or an unknown backend.
     """
     _check(q_BNHD, k_BNHD, v_BNHD, causal, backend)
+    if kv_lengths is not None and kv_lengths.shape != q_BNHD.shape[:1]:
+        raise ValueError(f"kv_lengths has shape {tuple(kv_lengths.shape)}, expected ({len(q_BNHD)},)")
     keep = None if kv_lengths is None else _padding_mask(kv_lengths, k_BNHD.shape[1])
     if backend == "reference":
         return _reference(q_BNHD, k_BNHD, v_BNHD, causal, keep, scale)
@@ -45,6 +47,8 @@ def attention(
 def _check(q_BNHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, causal: bool, backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+    if q_BNHD.ndim != 4 or k_BNHD.ndim != 4:
+        raise ValueError(f"q and k must be [B, N, H, D], got {tuple(q_BNHD.shape)} and {tuple(k_BNHD.shape)}")
     B, Nq, H, D = q_BNHD.shape
     if k_BNHD.shape != v_BNHD.shape or (k_BNHD.shape[0], *k_BNHD.shape[2:]) != (B, H, D):
         shapes = f"q {tuple(q_BNHD.shape)}, k {tuple(k_BNHD.shape)}, v {tuple(v_BNHD.shape)}"
@@ -60,7 +64,8 @@ def _padding_mask(kv_lengths: Tensor, Nk: int) -> Tensor:
 
 def _reference(q_BNHD, k_BNHD, v_BNHD, causal, keep, scale) -> Tensor:
     scale = q_BNHD.shape[-1] ** -0.5 if scale is None else scale
-    scores_BHNN = torch.einsum("bqhd,bkhd->bhqk", q_BNHD, k_BNHD).float() * scale
+    wide = torch.promote_types(q_BNHD.dtype, torch.float32)  # softmax in fp32 at least
+    scores_BHNN = torch.einsum("bqhd,bkhd->bhqk", q_BNHD.to(wide), k_BNHD.to(wide)) * scale
     hidden = torch.zeros_like(scores_BHNN, dtype=torch.bool)
     if causal:
         hidden = hidden | torch.ones_like(hidden[0, 0]).triu(1)
@@ -69,7 +74,7 @@ def _reference(q_BNHD, k_BNHD, v_BNHD, causal, keep, scale) -> Tensor:
     # exp(-inf - -inf) is NaN: a row without keys takes finite scores, then zero weights.
     scores_BHNN = scores_BHNN.masked_fill(hidden, torch.finfo(scores_BHNN.dtype).min)
     weights_BHNN = scores_BHNN.softmax(-1).masked_fill(hidden, 0.0)
-    return torch.einsum("bhqk,bkhd->bqhd", weights_BHNN.to(v_BNHD.dtype), v_BNHD)
+    return torch.einsum("bhqk,bkhd->bqhd", weights_BHNN, v_BNHD.to(wide)).to(q_BNHD.dtype)
 
 
 def _sdpa(q_BNHD, k_BNHD, v_BNHD, causal, keep, scale) -> Tensor:

@@ -64,6 +64,8 @@ def masked_patch_loss(
     Raises:
         ValueError: shapes that disagree; it names the argument.
     """
+    if len(image_BCHW) != len(masked_BM):
+        raise ValueError(f"image holds {len(image_BCHW)} samples, masked {len(masked_BM)}")
     expected = (*masked_BM.shape, patch_size**2 * image_BCHW.shape[1])
     if tuple(prediction_BMP.shape) != expected:
         raise ValueError(f"prediction has shape {tuple(prediction_BMP.shape)}, expected {expected}")

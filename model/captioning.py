@@ -12,7 +12,7 @@ from torch import Tensor
 from mug.model.presets import Vocabulary
 from mug.model.random_choices import WORD_KIND, WORDS, random_bits
 
-MASKED_SHARE = 0.15  # BERT, arXiv 1810.04805, section 3.1: of these 80% become MASK, 10% a random word
+MASKED_PERCENT = 15  # BERT, arXiv 1810.04805, section 3.1: of these 80% become MASK, 10% a random word
 
 
 class CaptionTask(NamedTuple):
@@ -40,7 +40,8 @@ def masked_language(tokens_BT: Tensor, position_B: Tensor, vocabulary: Vocabular
     word_BT = ~torch.isin(tokens_BT, specials)
     draw_BT = random_bits(seed, WORDS, position_B, T).masked_fill(~word_BT, torch.iinfo(torch.int64).max)
     # At least one word of every caption that has words, so that no caption is without a target.
-    count_B = (word_BT.sum(1) * MASKED_SHARE).ceil().long()
+    words_B = word_BT.sum(1)
+    count_B = ((words_B * MASKED_PERCENT + 50) // 100).clamp(min=1).minimum(words_B)
     chosen_BT = (draw_BT.argsort(1).argsort(1) < count_B[:, None]) & word_BT
     kind_BT = random_bits(seed, WORD_KIND, position_B, 2 * T).view(B, 2, T)
     tenth_BT, random_word_BT = kind_BT[:, 0] % 10, kind_BT[:, 1] % vocabulary.size

@@ -65,7 +65,11 @@ class Encoder(nn.Module):
 
         Returns:
             [B, 1 + K, D]: class token, then the visible patches in the order of `visible_BK`, normalised.
+
+        Raises:
+            ValueError: an image of another size than the model's.
         """
+        self._check(image_BCHW)
         x = self.patch_embed(image_BCHW, visible_BK)  # [B, K, D]
         positions = self.positions_ND if visible_BK is None else self.positions_ND[visible_BK]
         x = x + positions
@@ -73,3 +77,8 @@ class Encoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+    def _check(self, image_BCHW: Tensor) -> None:
+        side = self.patch_embed.patch_size * round(len(self.positions_ND) ** 0.5)
+        if image_BCHW.shape[1:] != (3, side, side):
+            raise ValueError(f"image has shape {tuple(image_BCHW.shape)}, the model takes [B, 3, {side}, {side}]")

@@ -73,7 +73,7 @@ def beam_search(model: MUG, memory_BLD: Tensor, beams: int) -> Tensor:
         done_BK = done_BK.gather(1, parent_BK) | (token_BK == vocabulary.eos)
         row = (parent_BK + K * torch.arange(B, device=device)[:, None]).flatten()  # [B·K]
         for cache in caches:
-            cache.update({name: tensor[row] for name, tensor in cache.items()})
+            cache.update({name: cache[name][row] for name in ("k", "v")})  # the image's are alike for all beams
         if done_BK.all():
             break
     written_BK = (tokens != vocabulary.pad).sum(-1) - 1

@@ -120,9 +120,10 @@ def resolve(config: ModelConfig) -> ModelConfig:
 
 
 def _check(config: ModelConfig) -> None:
+    least = {"text_unimodal_layers": 0, "text_cross_layers": 0, "text_length": 2}  # a caption has BOS and EOS
     for name in PRESETS["base"]:
-        if getattr(config, name) < (0 if name.endswith("_layers") else 1):
-            raise ModelConfigError(f"model.{name} must be positive, not {getattr(config, name)}")
+        if getattr(config, name) < least.get(name, 1):
+            raise ModelConfigError(f"model.{name} must be at least {least.get(name, 1)}, not {getattr(config, name)}")
     if config.image_size % config.patch_size:
         nearest = round(config.image_size / config.patch_size) * config.patch_size or config.patch_size
         raise ModelConfigError(
@@ -135,7 +136,9 @@ def _check(config: ModelConfig) -> None:
             raise ModelConfigError(f"model.{part}width {width} is not a multiple of model.{part}heads {heads}")
         if part != "text_" and width % 4:
             raise ModelConfigError(f"model.{part}width {width} must be a multiple of 4 (2-D sin-cos positions)")
-    if not 0 < config.mask_ratio < 1 or not 0 < config.visible < config.patches:
+    if not 0 < config.mask_ratio < 1:
+        raise ModelConfigError(f"model.mask_ratio must lie between 0 and 1, not be {config.mask_ratio}")
+    if not 0 < config.visible < config.patches:
         raise ModelConfigError(
             f"model.mask_ratio {config.mask_ratio} leaves {config.visible} of {config.patches} patches visible;"
             " at least one must be visible and one masked"

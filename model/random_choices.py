@@ -29,7 +29,7 @@ def random_bits(seed: int, purpose: int, position_B: Tensor, count: int) -> Tens
         purpose: a small constant that keeps the streams of two uses apart.
         position_B: int64 [B], the samples' places in the global order.
     """
-    key = _mix(torch.tensor([seed * 2**8 + purpose], device=position_B.device) * _GAMMA)
+    key = _mix(torch.tensor([(seed * 2**8 + purpose) % 2**63], device=position_B.device) * _GAMMA)
     row_B = _mix(position_B * _GAMMA + key)
     index_N = torch.arange(1, count + 1, device=position_B.device) * _GAMMA
     return _shift_right(_mix(row_B[:, None] + index_N), 1)

@@ -131,8 +131,13 @@ class TextDecoder(nn.Module):
 
         Returns:
             [B, T, D], normalised.
+
+        Raises:
+            ValueError: more tokens than the model's text length.
         """
         start = caches[0]["k"].shape[1] if caches and "k" in caches[0] else 0
+        if start + tokens_BT.shape[1] > len(self.position_embed):
+            raise ValueError(f"{start + tokens_BT.shape[1]} tokens, the model takes {len(self.position_embed)}")
         positions_TD = self.position_embed[start : start + tokens_BT.shape[1]]
         x = self.embed(tokens_BT) + positions_TD  # [B, T, D]
         for layer, block in enumerate(self.blocks):

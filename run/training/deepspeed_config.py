@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 Number = (int, float)
-Schema = dict[str, Any]  # key -> Schema of a section | a type or tuple of types | object: checked by a model
+# key → Schema of a section | type(s) | a set of words (any case) | object, where DeepSpeed's model checks it
+Schema = dict[str, Any]
 
 
 class DeepSpeedConfigError(Exception):
@@ -60,6 +61,7 @@ MODELS = {
 }
 
 # The rest has no model in DeepSpeed (it reads these keys one by one), so keys and types are listed.
+DTYPES = frozenset({"fp32", "bf16", "fp16"})
 TABLE: Schema = {
     "train_batch_size": int,
     "train_micro_batch_size_per_gpu": int,
@@ -67,13 +69,13 @@ TABLE: Schema = {
     "gradient_clipping": Number,
     "gradient_predivide_factor": Number,
     "prescale_gradients": bool,
-    "communication_data_type": str,
+    "communication_data_type": DTYPES,
     "steps_per_print": (int, type(None)),
     "wall_clock_breakdown": bool,
     "memory_breakdown": bool,
     "dump_state": bool,
     "disable_python_gc": bool,
-    "log_level": str,
+    "log_level": frozenset({"debug", "info", "warning", "error", "critical"}),
     "zero_allow_untested_optimizer": bool,
     "zero_force_ds_cpu_optimizer": bool,
     "optimizer": {
@@ -91,21 +93,21 @@ TABLE: Schema = {
             "fp32_optimizer_states": bool,
         },
     },
-    "data_types": {"grad_accum_dtype": str, "keep_in_fp32_modules": (str, list)},
+    "data_types": {"grad_accum_dtype": DTYPES, "keep_in_fp32_modules": (str, list)},
     "checkpoint": {
-        "tag_validation": str,
+        "tag_validation": frozenset({"ignore", "warn", "fail"}),
         "load_universal": bool,
         "use_node_local_storage": bool,
         "parallel_write": {"pipeline_stage": bool},
         "checkpoint_serialization": bool,
         "writer": {
-            "type": str,
+            "type": frozenset({"mock", "python", "fast"}),
             "decoupled": bool,
             "io_buffer_size": Number,
             "io_buffer_double": bool,
             "io_multiplier": int,
             "show_statistics": bool,
-            "data_parallel": str,
+            "data_parallel": frozenset({"replica", "socket", "machine"}),
         },
     },
     "flops_profiler": {
@@ -347,9 +349,14 @@ def _check_keys(section: _Object, schema: Schema, root: Schema, path: tuple[str,
             _check_type(dotted, value, expected)
 
 
-def _check_type(dotted: str, value: Any, expected: type | tuple[type, ...]) -> None:
+def _check_type(dotted: str, value: Any, expected: type | tuple[type, ...] | frozenset[str]) -> None:
     if isinstance(value, dict):
         raise DeepSpeedConfigError(f"{dotted}: takes a value, not a section")
+    if isinstance(expected, frozenset):
+        if str(value).lower() not in expected:
+            words = ", ".join(sorted(expected))
+            raise DeepSpeedConfigError(f"{dotted}: must be one of {words}, not {json.dumps(value)}")
+        return
     kinds = expected if isinstance(expected, tuple) else (expected,)
     if object in kinds:
         return
@@ -478,7 +485,7 @@ def _check_values(config: dict[str, Any]) -> None:
 
 def _check_together(config: dict[str, Any], world_size: int) -> None:
     zero = config.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
+    stage = int(zero.get("stage", 0))  # its model also takes "3"
     _check_optimizer(config.get("optimizer", {}))
     if _offloads(zero, "offload_param") and stage < 3:
         raise DeepSpeedConfigError(f"zero_optimization.offload_param: needs stage 3, and the stage is {stage}")
@@ -490,7 +497,7 @@ def _check_together(config: dict[str, Any], world_size: int) -> None:
                 "optimizer.params.torch_adam: with offload_optimizer, DeepSpeed wants its own AdamW; "
                 'write false, or set "zero_force_ds_cpu_optimizer": false at the top level'
             )
-    group = min(zero.get("zero_hpz_partition_size", 1) or 1, world_size)
+    group = min(int(zero.get("zero_hpz_partition_size", 1)) or 1, world_size)
     if world_size % group:
         raise DeepSpeedConfigError(
             f"zero_optimization.zero_hpz_partition_size: {world_size} ranks do not divide into "

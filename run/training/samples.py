@@ -28,7 +28,7 @@ def rows(
             written[f"written, {beams} beams"] = _decode(tokenizer, beam_search(model, memory_BLD, beams))
     if any(true):
         written["true"] = true
-    captions = [dict(zip(written, texts, strict=True)) for texts in zip(*written.values(), strict=True)]
+    captions = [{author: texts[i] for author, texts in written.items()} for i in range(len(image_BCHW))]
     return [Sample(*row) for row in zip(image_BCHW, masked, painted, captions, strict=True)]
 
 

@@ -1,0 +1,30 @@
+"""Sine-cosine positions by formula, and that no checkpoint holds them."""
+
+import math
+
+import pytest
+import torch
+
+from mug.model.positions import sincos_2d
+
+
+@pytest.mark.parametrize("width, grid", [(8, 3), (12, 5)])
+def test_each_entry_follows_the_formula(width, grid):
+    table = sincos_2d(width, grid)
+    quarter = width // 4
+    assert table.shape == (grid**2, width) and table.dtype == torch.float32
+    for row in range(grid):
+        for column in range(grid):
+            angles = [[place / 10000 ** (i / quarter) for i in range(quarter)] for place in (column, row)]
+            expected = [f(angle) for axis in angles for f in (math.sin, math.cos) for angle in axis]
+            torch.testing.assert_close(table[row * grid + column], torch.tensor(expected), atol=1e-7, rtol=0)
+
+
+def test_tables_are_buffers_that_the_state_dict_leaves_out(make_model):
+    model = make_model()
+    tables = {name: table for name, table in model.named_buffers() if "positions" in name}
+    assert set(tables) == {"encoder.positions_ND", "pixel_decoder.positions_ND"}
+    assert not [name for name in model.state_dict() if "positions" in name]
+    assert not [name for name, _ in model.named_parameters() if "positions" in name]
+    for table in tables.values():
+        assert torch.equal(table, sincos_2d(32, 4))

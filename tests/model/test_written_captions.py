@@ -1,0 +1,115 @@
+"""Greedy and beam search against each other and against all captions there are."""
+
+import itertools
+
+import pytest
+import torch
+
+from mug.model.generate import beam_search, greedy
+from mug.model.presets import Vocabulary
+
+
+def step_log_p(model, tokens, memory):
+    """float64 [B, T, V]: log-probability of what follows each token; PAD and BOS never do."""
+    logits = model.text_decoder.head(model.text_decoder(tokens, memory)).double()
+    logits[..., [model.vocabulary.pad, model.vocabulary.bos]] = -torch.inf
+    return logits.log_softmax(-1)
+
+
+def mean_log_p(model, tokens, memory):
+    """float64 [B]: mean log-probability of the tokens after BOS, PAD left out."""
+    log_p = step_log_p(model, tokens, memory)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+    written = tokens[:, 1:] != model.vocabulary.pad
+    return log_p.masked_fill(~written, 0).sum(1) / written.sum(1)
+
+
+@pytest.fixture(scope="module")
+def sharp(make_model):
+    """Function (options) → untrained model whose next-token distributions are far from uniform."""
+
+    def make(**options):
+        model = make_model(tied_head=False, **options)
+        with torch.no_grad():
+            model.text_decoder.head.weight.mul_(12)
+        return model
+
+    return make
+
+
+def memory_of(model, B, seed=0):
+    return torch.randn(B, 5, model.config.width, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+def test_greedy_takes_the_likeliest_token_at_every_step(sharp):
+    model = sharp()
+    memory = memory_of(model, 40)
+    tokens = greedy(model, memory)
+    likeliest = step_log_p(model, tokens, memory).argmax(-1)
+    ended = 0
+    for row, best in zip(tokens.tolist(), likeliest.tolist(), strict=True):
+        assert row[0] == 1
+        end = row.index(2) if 2 in row else len(row) - 1
+        assert row[1 : end + 1] == best[:end]
+        assert set(row[end + 1 :]) <= {0}
+        ended += end < len(row) - 1
+    assert 0 < ended < 40
+
+
+@torch.inference_mode()
+def test_one_beam_is_greedy(sharp):
+    model = sharp()
+    memory = memory_of(model, 40)
+    assert torch.equal(beam_search(model, memory, 1), greedy(model, memory))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("seed", range(4))
+def test_as_many_beams_as_captions_find_the_best_of_all(sharp, seed):
+    toy = Vocabulary(size=5, pad=0, bos=1, eos=2, mask=None)
+    model = sharp(vocabulary=toy, text_length=4)
+    words, captions = (2, 3, 4), set()
+    for choice in itertools.product(words, repeat=3):
+        end = choice.index(2) + 1 if 2 in choice else 3
+        captions.add((1, *choice[:end], *[0] * (3 - end)))
+    captions = torch.tensor(sorted(captions))
+    assert len(captions) == 1 + 2 + 4 * 3
+    memory = memory_of(model, 16, seed)
+    scores = torch.stack([mean_log_p(model, captions, m.expand(len(captions), -1, -1)) for m in memory])
+    best = captions[scores.argmax(1)]
+    assert torch.equal(beam_search(model, memory, toy.size**3), best)
+    assert not torch.equal(greedy(model, memory), best)
+
+
+@torch.inference_mode()
+def test_images_do_not_disturb_each_other(sharp):
+    model = sharp()
+    memory = memory_of(model, 8)
+    for beams in (2, 4):
+        together = beam_search(model, memory, beams)
+        alone = torch.cat([beam_search(model, memory[b : b + 1], beams) for b in range(8)])
+        assert torch.equal(together, alone)
+    assert len(together.unique(dim=0)) > 1
+
+
+@torch.inference_mode()
+def test_more_beams_find_better_captions_on_average(sharp):
+    model = sharp()
+    memory = memory_of(model, 40)
+    scores = [mean_log_p(model, beam_search(model, memory, beams), memory).mean() for beams in (1, 4, 16)]
+    assert scores[0] < scores[1] < scores[2]
+
+
+@torch.inference_mode()
+def test_neither_pad_nor_bos_is_ever_written(sharp):
+    model = sharp()
+    with torch.no_grad():
+        model.text_decoder.norm.weight.zero_()
+        model.text_decoder.norm.bias.copy_(model.text_decoder.head.weight[0] + model.text_decoder.head.weight[1])
+    memory = memory_of(model, 3)
+    raw = model.text_decoder.head(model.text_decoder(torch.tensor([[1]]).expand(3, -1), memory))
+    assert set(raw.topk(2).indices.flatten().tolist()) == {0, 1}  # the model itself wants nothing else
+    for tokens in (greedy(model, memory), beam_search(model, memory, 3)):
+        for row in tokens.tolist():
+            end = row.index(2) if 2 in row else len(row) - 1
+            assert not {0, 1} & set(row[1 : end + 1])
