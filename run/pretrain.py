@@ -15,6 +15,8 @@ import contextlib
 import dataclasses
 import math
 import os
+import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +209,8 @@ def train(run: Run, done: int) -> None:
     meter = Meter(run.recipe, run.engine.module.vocabulary.size)
     run.console.start_bar(run.steps, done)
     with open_metrics(run, done) as metrics:
+        if metrics and done < run.steps:
+            metrics.write("event", done, {"event": "resume" if done else "start", **circumstances(run)})
         batches = iter(run.stream)
         for step in range(done + 1, run.steps + 1):
             last = step == run.steps
@@ -225,7 +229,7 @@ def train(run: Run, done: int) -> None:
                 if run.held_out and (step % trainer.eval_every == 0 or last):
                     evaluate(run, metrics, step)
                 if step % run.recipe.checkpoint.every_steps == 0 or last:
-                    save(run, step)
+                    save(run, metrics, step)
 
 
 def train_step(engine: Any, micro_batches: list[Batch], weights: dict[str, float]) -> Means:
@@ -238,6 +242,17 @@ def train_step(engine: Any, micro_batches: list[Batch], weights: dict[str, float
         engine.step()
         means.add(losses, report, count)
     return means
+
+
+def circumstances(run: Run) -> dict[str, Any]:
+    """What a curve should be read beside: the place in the data, ranks, device and versions."""
+    return {
+        "position": run.stream.next_position,
+        "world_size": dist.get_world_size(),
+        "zero_stage": run.engine.zero_optimization_stage(),
+        "device": hardware.describe_device(),
+        **{name: version(name) for name in ("torch", "deepspeed", "timm")},
+    }
 
 
 def open_metrics(run: Run, done: int) -> contextlib.AbstractContextManager[MetricsWriter | None]:
@@ -280,8 +295,9 @@ def _line(figures: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if name.startswith(("loss/", "acc")))
 
 
-def save(run: Run, step: int) -> None:
+def save(run: Run, metrics: MetricsWriter | None, step: int) -> None:
     """Commit a checkpoint: weights, optimizer, the data's state, and what generate.py needs."""
+    begin = time.perf_counter()
     state = {
         "model": describe_model(run.recipe.objective, run.engine.module),
         "recipe": dataclasses.asdict(run.recipe),
@@ -291,6 +307,8 @@ def save(run: Run, step: int) -> None:
     }
     attached = {"tokenizer.json": run.stream.tokenizer.to_json()}
     checkpoint.save(run.engine, run.command.output, step, state, attached, run.recipe.checkpoint.keep)
+    if metrics:
+        metrics.write("event", step, {"event": "checkpoint", "seconds": time.perf_counter() - begin})
 
 
 if __name__ == "__main__":
