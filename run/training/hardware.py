@@ -29,6 +29,9 @@ def rank_and_world() -> tuple[int, int]:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     if "RANK" not in os.environ:
         os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    # The DeepSpeed launcher sets LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE. Without the former, DeepSpeed starts a
+    # `numactl` at every reduction on a CPU.
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
@@ -41,14 +44,15 @@ def _free_port() -> int:
 def use_cores() -> None:
     """Share the cores of a CPU machine among its ranks, unless the user has set OMP_NUM_THREADS."""
     if "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_SIZE"])))
 
 
 def init_distributed() -> None:
     """Start the process group: NCCL on GPUs, gloo on CPUs."""
     import deepspeed
 
+    # An operator for inference on CPUs that training never calls: building it takes a compiler and a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False)

@@ -31,6 +31,8 @@ def test_zero_stages_and_ranks_give_the_same_losses(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         curves[name] = losses(tmp_path / name) + losses(tmp_path / name, "eval")
         assert len(curves[name]) == 21
+        for row in curves[name]:
+            row.pop("grad_norm", None)  # DeepSpeed has none under stage 0 in fp32
     for name, curve in curves.items():
         for mine, other in zip(curve, curves["zero0"], strict=True):
             assert mine == pytest.approx(other, abs=1e-4), f"{name}, step {mine['step']}"
