@@ -1,0 +1,36 @@
+"""Golden losses: a change that is not about computation cannot move them.
+
+After a change that is, write them anew and say why in the commit: python tests/end_to_end/test_golden.py
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from launch import losses, pretrain
+
+GOLDEN = Path(__file__).with_name("golden_losses.json")
+
+
+def default_run(output: Path) -> list[dict[str, float]]:
+    """The losses of the first 20 steps of the default recipe on one CPU rank."""
+    done = pretrain(output, "--trainer.max_steps", "20", "--trainer.log_every", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [{name: row[name] for name in row if name.startswith(("loss/", "grad_norm"))} for row in losses(output)]
+
+
+@pytest.mark.slow
+def test_the_default_recipe_gives_the_golden_losses(tmp_path):
+    golden = json.loads(GOLDEN.read_text())
+    assert len(golden) == 20
+    for step, (mine, expected) in enumerate(zip(default_run(tmp_path / "run"), golden, strict=True), 1):
+        assert mine == pytest.approx(expected, abs=1e-4), f"step {step}"
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        rows = default_run(Path(folder) / "run")
+    GOLDEN.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    sys.stdout.write(f"{GOLDEN}: {rows[0]} to {rows[-1]}\n")
