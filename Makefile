@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 .PHONY: demo test lint
 
 demo: $(VENV)/.ready
-	@echo "[1/2] pre-training on OpenMoji: 400 steps under ZeRO-3, 4 to 8 minutes on 2 cores"
+	@echo "[1/2] pre-training on OpenMoji: 600 steps under ZeRO-3, about 5 minutes on 2 cores"
 	@$(BIN)/deepspeed --quiet run/pretrain.py --deepspeed ds_configs/zero3.json --output $(RUN)
 	@echo "[2/2] captions and reconstructions of held-out pairs"
 	@$(BIN)/python run/generate.py $(RUN) --out $(RUN)/generated
