@@ -96,7 +96,7 @@ def _sizes(image_and_patch: tuple, encoder: tuple, pixel: tuple, text: tuple) ->
 # Encoders S, B, L, H as ViT (arXiv 2010.11929) and the 512 x 8 pixel decoder as MAE have them; the text
 # decoder's 6 + 6 layers at width 768 follow CoCa. The paper states none of the decoder depths.
 PRESETS = {
-    "tiny": _sizes((64, 8), (192, 4, 3), (256, 3, 8), (192, 3, 2, 2, 20)),
+    "tiny": _sizes((64, 8), (192, 4, 3), (256, 3, 8), (192, 3, 2, 2, 24)),
     "small": _sizes((224, 16), (384, 12, 6), (256, 4, 8), (384, 6, 3, 3, 64)),
     "base": _sizes((224, 16), (768, 12, 12), (512, 8, 16), (768, 12, 6, 6, 64)),
     "large": _sizes((224, 16), (1024, 24, 16), (512, 8, 16), (768, 12, 6, 6, 64)),
