@@ -114,7 +114,8 @@ def held_out_figures(found: Checkpoint) -> list[str]:
 STYLE = """
 body { font: 16px system-ui, sans-serif; margin: 1.5rem auto; max-width: 62rem; padding: 0 1rem; color: #222 }
 article { display: flex; flex-wrap: wrap; gap: .6rem 1rem; padding: .9rem 0; border-top: 1px solid #ddd }
-figure { margin: 0 } img { width: 8rem; display: block; border: 1px solid #eee; image-rendering: auto }
+article > div { display: flex; gap: .6rem } figure { margin: 0; flex: 0 1 8rem; min-width: 0 }
+img { width: 100%; display: block; border: 1px solid #eee }
 figcaption, dt { color: #666; font-size: .8rem } dl { margin: 0; flex: 1 1 14rem } dd { margin: 0 0 .5rem }
 """
 
@@ -147,7 +148,7 @@ def _article(sample: Sample) -> str:
         f"<dt>{html.escape(author)}</dt><dd>{html.escape(text) or '(none)'}</dd>"
         for author, text in sample.captions.items()
     )
-    return f"<article>{figures}<dl>{captions}</dl></article>"
+    return f"<article><div>{figures}</div><dl>{captions}</dl></article>"
 
 
 def _data_url(image: Image.Image) -> str:
