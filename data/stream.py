@@ -116,7 +116,7 @@ class Share:
 
 
 @dataclass(frozen=True, eq=False)
-class _MicroBatches(Dataset):
+class MicroBatches(Dataset):
     """range of positions → collated batch. A DataError is returned: raised, a worker buries its one line."""
 
     pairs: Pairs
@@ -207,7 +207,7 @@ class TrainStream:
 
     def _loader(self, positions: Iterator[range]) -> DataLoader:
         return DataLoader(
-            _MicroBatches(self.pairs),
+            MicroBatches(self.pairs),
             batch_size=None,  # the sampler names whole micro-batches
             sampler=positions,
             **worker_settings(self.workers),

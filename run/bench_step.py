@@ -23,8 +23,8 @@ from mug.run.pretrain import train_step
 from mug.run.training import hardware
 from mug.run.training.command_line import Parser
 from mug.run.training.console import Console, run_command
-from mug.run.training.deepspeed_config import RecipeValues, load_deepspeed_config
-from mug.run.training.engine import build_engine, parameter_groups
+from mug.run.training.deepspeed_config import load_deepspeed_config
+from mug.run.training.engine import build_engine, parameter_groups, recipe_values
 from mug.run.training.errors import RunError
 from mug.run.training.recipe import TrainerConfig
 
@@ -34,12 +34,13 @@ WEIGHTS = {"pixels": 1.0, "caption": 0.1}
 
 def main(console: Console) -> None:
     options = parse()
-    hardware.rank_and_world()
+    if hardware.rank_and_world() != (0, 1):
+        raise RunError("bench_step.py compares one rank with one loop; start it with plain python")
     hardware.use_cores()
     trainer = TrainerConfig(global_batch=options.batch, micro_batch=options.batch)
-    ds_config = load_deepspeed_config(options.deepspeed, recipe_values(trainer))
-    hardware.init_distributed()
     config = resolve(ModelConfig(options.preset))
+    ds_config = load_deepspeed_config(options.deepspeed, recipe_values(trainer, config.width, world=1))
+    hardware.init_distributed()
     vocabulary = Vocabulary(VOCABULARY.get(options.preset, 30522), pad=0, bos=1, eos=2, mask=3)
     batch = synthetic_batch(config, vocabulary, options.batch)
     bare = bare_loop(MUG(config, vocabulary), trainer, batch)
@@ -63,20 +64,6 @@ def parse() -> Namespace:
     if options.steps < 1:
         raise RunError(f"--steps must be at least 1, not {options.steps}")
     return options
-
-
-def recipe_values(trainer: TrainerConfig) -> RecipeValues:
-    return RecipeValues(
-        global_batch=trainer.global_batch,
-        micro_batch=trainer.micro_batch,
-        world_size=1,
-        gradient_clipping=trainer.gradient_clipping,
-        bf16=torch.cuda.is_available(),
-        learning_rate=trainer.learning_rate,
-        betas=trainer.betas,
-        eps=1e-8,
-        weight_decay=trainer.weight_decay,
-    )
 
 
 def synthetic_batch(config: ModelConfig, vocabulary: Vocabulary, size: int) -> Batch:

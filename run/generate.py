@@ -8,7 +8,6 @@ python run/generate.py runs/openmoji_tiny photo.jpg shard.tar --beams 4 --out se
 import base64
 import html
 import io
-import json
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from mug.run.training.checkpoint import Checkpoint
 from mug.run.training.command_line import Parser
 from mug.run.training.console import Console, run_command
 from mug.run.training.errors import RunError
+from mug.run.training.metrics import read_rows
 from mug.run.training.pictures import COLUMNS, Sample, draw_grid
 from mug.run.training.restore import restore
 from mug.run.training.samples import rows
@@ -33,13 +33,15 @@ from mug.run.training.samples import rows
 
 def main(console: Console) -> None:
     options = parse()
+    out = Path(options.out)
+    if out.exists() and not out.is_dir():
+        raise RunError(f"--out {out} is a file; name a folder")
     console.say(f"reading {options.checkpoint}")
     model, tokenizer, found = restore(Path(options.checkpoint), console.warn)
     images, true = read_inputs(options, model.config.image_size)
     image_BCHW = torch.from_numpy(np.stack(images)).to(next(model.parameters()).device)
     position_B = torch.arange(len(images), device=image_BCHW.device)
     samples = rows(model, tokenizer, image_BCHW, position_B, true, options.beams)
-    out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     draw_grid(samples, out / "generated.png")
     facts = [f"{found.folder.parent.name}, step {found.step}", *held_out_figures(found)]
@@ -103,10 +105,9 @@ def held_out_figures(found: Checkpoint) -> list[str]:
     metrics = found.folder.parent / "metrics.jsonl"
     if not metrics.is_file():
         return []
-    found_rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [
         "held out: " + ", ".join(f"{name} {row[name]:.3f}" for name in row if name.startswith(("loss/", "accuracy/")))
-        for row in found_rows
+        for row in read_rows(metrics)
         if row["kind"] == "eval" and row["step"] == found.step
     ]
 

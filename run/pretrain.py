@@ -13,6 +13,7 @@ The same command again goes on where the run stopped. `torchrun` and plain `pyth
 
 import contextlib
 import dataclasses
+import fcntl
 import math
 import os
 import time
@@ -28,8 +29,8 @@ from mug.model.mug import OBJECTIVES
 from mug.model.presets import Vocabulary
 from mug.run.training import checkpoint, hardware
 from mug.run.training.console import Console, run_command
-from mug.run.training.deepspeed_config import RecipeValues, check_batch, load_deepspeed_config
-from mug.run.training.engine import build_engine, set_learning_rate, whole_weights
+from mug.run.training.deepspeed_config import check_batch, load_deepspeed_config
+from mug.run.training.engine import build_engine, recipe_values, set_learning_rate, whole_weights
 from mug.run.training.errors import RunError
 from mug.run.training.evaluation import HeldOut
 from mug.run.training.losses import Means, shares, total_loss
@@ -46,7 +47,7 @@ def main(console: Console) -> None:
     rank, world = hardware.rank_and_world()
     hardware.use_cores()
     check_batch(recipe.trainer.global_batch, recipe.trainer.micro_batch, world)
-    ds_config = load_deepspeed_config(command.deepspeed, recipe_values(recipe, world))
+    ds_config = load_deepspeed_config(command.deepspeed, recipe_values(recipe.trainer, recipe.model.width, world))
     check_writable(command.output)
 
     # --- Data ---
@@ -61,7 +62,9 @@ def main(console: Console) -> None:
     model = build_objective(recipe, vocabulary_of(stream))
 
     # --- Resume: the newest whole checkpoint, if this output has one of this model ---
-    resumed = hardware.on_rank_zero(lambda: find_checkpoint(command, model, console))
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    resumed = hardware.on_rank_zero(lambda: find_checkpoint(command, model, stage, console))
+    hardware.on_rank_zero(lambda: lock(command.output))
     console.log_to(command.output / "logs" / f"rank{rank}.log")
 
     # --- Engine ---
@@ -83,28 +86,12 @@ def main(console: Console) -> None:
 # --- Parse ------------------------------------------------------------------------------------------------
 
 
-def recipe_values(recipe: Recipe, world: int) -> RecipeValues:
-    """What the DeepSpeed JSON's "auto" values become: bf16 on GPUs, fp32 on CPUs, the rest from the recipe."""
-    trainer = recipe.trainer
-    return RecipeValues(
-        global_batch=trainer.global_batch,
-        micro_batch=trainer.micro_batch,
-        world_size=world,
-        gradient_clipping=trainer.gradient_clipping,
-        bf16=torch.cuda.is_available(),
-        learning_rate=trainer.learning_rate,
-        betas=tuple(trainer.betas),
-        eps=1e-8,
-        weight_decay=trainer.weight_decay,
-        width=recipe.model.width,
-    )
-
-
 def check_writable(output: Path) -> None:
     """Raise RunError unless the run's folder can be made and written; what does not exist yet stays so."""
     existing = output
-    while not existing.exists():
-        existing = existing.parent
+    with contextlib.suppress(PermissionError):
+        while not existing.exists():
+            existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise RunError(f"--output {output}: {existing} is no folder that can be written; name another")
 
@@ -112,7 +99,9 @@ def check_writable(output: Path) -> None:
 def count_steps(recipe: Recipe, samples: int) -> int:
     """Optimizer steps of the run: trainer.max_steps, or what trainer.epochs passes over the data make."""
     trainer = recipe.trainer
-    steps = trainer.max_steps or int(trainer.epochs * samples // trainer.global_batch)
+    steps = (
+        trainer.max_steps if trainer.max_steps is not None else int(trainer.epochs * samples // trainer.global_batch)
+    )
     if steps < 1:
         raise RunError(
             f"trainer.epochs {trainer.epochs} x {samples} samples is less than one global batch of"
@@ -145,8 +134,14 @@ def build_objective(recipe: Recipe, vocabulary: Vocabulary) -> torch.nn.Module:
 # --- Resume -----------------------------------------------------------------------------------------------
 
 
-def find_checkpoint(command: Command, model: torch.nn.Module, console: Console) -> checkpoint.Checkpoint | None:
-    """The checkpoint to go on from; raises RunError if it is of another model."""
+def find_checkpoint(
+    command: Command, model: torch.nn.Module, stage: int, console: Console
+) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from.
+
+    Raises:
+        RunError: it is of another model, or of a run whose samples or shards would not fit this one's.
+    """
     found = checkpoint.newest(command.output, console.warn)
     if found is not None:
         mine = describe_model(command.recipe.objective, model)
@@ -157,7 +152,33 @@ def find_checkpoint(command: Command, model: torch.nn.Module, console: Console) 
                         f"{found.folder} is a checkpoint of another model: {section} {name} is {theirs} there,"
                         f" {mine[section].get(name)} here; change the recipe back, or name another --output"
                     )
+        written = found.manifest
+        must_agree = {
+            "ranks": (written["world_size"], dist.get_world_size()),
+            "ZeRO stage": (written["zero_stage"], stage),
+            "global batch": (written["recipe"]["trainer"]["global_batch"], command.recipe.trainer.global_batch),
+        }
+        for name, (theirs, ours) in must_agree.items():
+            if theirs != ours:
+                raise RunError(
+                    f"{found.folder} was written with {name} {theirs}, this run has {ours}; start it as it was, or"
+                    " name another --output"
+                )
     return found
+
+
+def lock(output: Path) -> None:
+    """Keep the run's folder to this run until its process ends.
+
+    Raises:
+        RunError: another run holds it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(output / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise RunError(f"--output {output}: another run is writing there; end it, or name another folder") from None
 
 
 # --- Loop -------------------------------------------------------------------------------------------------
@@ -220,15 +241,15 @@ def train(run: Run, done: int) -> None:
             set_learning_rate(run.engine, learning_rate)
             means = train_step(run.engine, micro_batches, run.recipe.loss_weights)
             run.stream.advance()
-            line = None
-            if step % trainer.log_every == 0 or last:
+            line, to_save = None, step % run.recipe.checkpoint.every_steps == 0 or last
+            if step % trainer.log_every == 0 or to_save:
                 figures = {**means.reduce(run.recipe.loss_weights), "lr": learning_rate, **meter.read()}
                 line = log_step(run, metrics, step, figures)
             run.console.step(step, line)
             with meter.pausing():
                 if run.held_out and (step % trainer.eval_every == 0 or last):
                     evaluate(run, metrics, step)
-                if step % run.recipe.checkpoint.every_steps == 0 or last:
+                if to_save:
                     save(run, metrics, step)
 
 
@@ -266,14 +287,14 @@ def log_step(run: Run, metrics: MetricsWriter | None, step: int, figures: dict[s
     """Write a step's row; returns its line for the terminal.
 
     Raises:
-        ArithmeticError: a loss is not finite.
+        ArithmeticError: the loss or the gradient is not finite; no later checkpoint holds what it led to.
     """
     norm = run.engine.get_global_grad_norm()
     figures["grad_norm"] = None if norm is None else float(norm)
     if metrics:
         metrics.write("train", step, {"position": run.stream.next_position, **figures})
-    if not math.isfinite(figures["loss/total"]):
-        raise ArithmeticError(f"the loss of step {step} is not finite: {figures}")
+    if not math.isfinite(figures["loss/total"]) or not math.isfinite(figures["grad_norm"] or 0):
+        raise ArithmeticError(f"loss or gradient of step {step} is not finite: {figures}")
     return _line(figures) + f"  lr {figures['lr']:.2e}  {figures['images_per_s']:.0f} images/s"
 
 
@@ -298,6 +319,8 @@ def _line(figures: dict[str, float]) -> str:
 def save(run: Run, metrics: MetricsWriter | None, step: int) -> None:
     """Commit a checkpoint: weights, optimizer, the data's state, and what generate.py needs."""
     begin = time.perf_counter()
+    if metrics:
+        metrics.flush()
     state = {
         "model": describe_model(run.recipe.objective, run.engine.module),
         "recipe": dataclasses.asdict(run.recipe),

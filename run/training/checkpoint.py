@@ -1,8 +1,9 @@
 """Checkpoints that a crash at any moment leaves loadable, and damage cannot enter.
 
 A checkpoint is DeepSpeed's sharded folder plus `manifest.json`. The order of a save is the promise: all ranks
-write into `checkpoint-STEP.partial`, fsync, the manifest with every file's SHA-256 is written, the folder takes
-its name, `latest` is replaced, old ones go. A folder without a manifest that agrees is never loaded.
+write into `checkpoint-STEP.partial`, fsync, the manifest with every file's SHA-256 (and its own) is written, the
+folder takes its name, `latest` is replaced (for DeepSpeed's own tools), old ones go. A folder without a manifest that
+agrees is never loaded.
 """
 
 import hashlib
@@ -62,11 +63,12 @@ def save(engine: Any, output: Path, step: int, state: dict[str, Any], attached: 
     dist.all_gather_object(sealed, mine)
     if rank == 0:
         merged = dict(sorted(item for part in sealed for item in part.items()))
-        _write_json(partial / MANIFEST, {"format": FORMAT, "step": step, "files": merged, **state})
+        manifest = {"format": FORMAT, "step": step, "files": merged, **state}
+        _write_text(partial / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
         _sync_folder(partial)
         os.replace(partial, final)
         _write_text(output / "latest", final.name)
-        _prune(output, keep)
+        _prune(output, keep, step)
     dist.barrier()
 
 
@@ -80,8 +82,8 @@ def newest(output: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     for folder in folders:
         try:
             return verify(folder)
-        except RunError as damage:
-            warn(f"{damage}; trying the one before")
+        except (RunError, OSError, KeyError, TypeError) as damage:
+            warn(f"{damage if isinstance(damage, RunError) else f'{folder}: {damage!r}'}; trying the one before")
     if folders:
         raise RunError(f"{output}: none of its {len(folders)} checkpoints is whole; name another --output")
     return None
@@ -89,12 +91,12 @@ def newest(output: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 def list_folders(output: Path) -> list[Path]:
     """The run's checkpoint folders, newest first."""
-    found = [
-        (int(match[1]), path)
-        for path in output.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
-    ]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=_step_of, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.partition("-")[2])
 
 
 def verify(folder: Path) -> Checkpoint:
@@ -127,29 +129,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise RunError(f"{folder}: {MANIFEST} cannot be read ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise RunError(f"{folder}: {MANIFEST} has another format than {FORMAT}")
+    if manifest.pop("sha256", None) != _digest(manifest):
+        raise RunError(f"{folder}: {MANIFEST} is damaged (its SHA-256 is not its own)")
     return manifest
 
 
 def load_engine(engine: Any, checkpoint: Checkpoint) -> None:
-    """Restore weights and optimizer on all ranks.
+    """Restore weights and optimizer state on all ranks; AdamW's settings stay those of this run.
 
     Raises:
-        RunError: the checkpoint was written by another number of ranks or another ZeRO stage.
+        RunError: DeepSpeed finds nothing to load.
     """
-    import torch.distributed as dist
-
-    written = (checkpoint.manifest["world_size"], checkpoint.manifest["zero_stage"])
-    present = (dist.get_world_size(), engine.zero_optimization_stage())
-    if written != present:
-        raise RunError(
-            f"{checkpoint.folder} was written by {written[0]} rank(s) under ZeRO stage {written[1]}, this run has"
-            f" {present[0]} under stage {present[1]}; start it as it was, or name another --output"
-        )
+    settings = [{name: group[name] for name in ("betas", "weight_decay")} for group in engine.optimizer.param_groups]
     path, _ = engine.load_checkpoint(
         str(checkpoint.folder.parent), tag=checkpoint.folder.name, load_lr_scheduler_states=False
     )
     if path is None:
         raise RunError(f"{checkpoint.folder}: DeepSpeed found nothing to load in it")
+    for group, ours in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(ours)
 
 
 def consolidated_weights(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -177,8 +175,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    _write_text(path, json.dumps(value, indent=1))
+def _digest(manifest: dict[str, Any]) -> str:
+    # Through JSON and back, as a reader will see it: tuples become lists.
+    plain = json.loads(json.dumps(manifest))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -200,8 +200,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _prune(output: Path, keep: int) -> None:
-    for folder in list_folders(output)[keep:]:
+def _prune(output: Path, keep: int, step: int) -> None:
+    """Remove all but the newest `keep` up to `step`; later ones were found damaged when the run resumed."""
+    folders = list_folders(output)
+    later = [folder for folder in folders if _step_of(folder) > step]
+    for folder in later + folders[len(later) + keep :]:
         folder.rename(folder.with_suffix(".partial"))  # or a crash in mid-removal would leave a damaged one
     for left in output.glob("checkpoint-*.partial"):  # of a save that a crash cut
         shutil.rmtree(left)

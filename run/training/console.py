@@ -1,5 +1,6 @@
 """Our own lines on the terminal, from rank 0; everything that libraries print, in a log file per rank."""
 
+import logging
 import os
 import sys
 import tempfile
@@ -12,7 +13,7 @@ from typing import TextIO
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mug.run.training.errors import user_errors
+from mug.run.training.errors import SaidByRankZero, user_errors
 
 
 class Console:
@@ -30,6 +31,9 @@ class Console:
         self.log: Path | None = None
         self.bar: Progress | None = None
         self._redirect(self.early.fileno())
+        lines = logging.getLogger("mug")  # what the layers below have to say
+        lines.setLevel(logging.INFO)
+        lines.addHandler(_Lines(self))
 
     @staticmethod
     def _redirect(descriptor: int) -> None:
@@ -47,6 +51,13 @@ class Console:
             self.early.seek(0)
             file.write(self.early.read())
         self.early.close()
+
+    def show_early(self) -> None:
+        """Put on the terminal what was printed before there was a log."""
+        sys.stdout.flush()
+        if self.log is None:
+            self.early.seek(0)
+            self.terminal.write(self.early.read().decode(errors="replace"))
 
     def say(self, line: str) -> None:
         """A line on the terminal, from rank 0 alone; above the progress bar if there is one."""
@@ -86,24 +97,41 @@ class Console:
             self.bar = None
 
 
+class _Lines(logging.Handler):
+    """Passes log records on to the console."""
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.console.say(record.getMessage())
+
+
 def run_command(main: Callable[[Console], None]) -> None:
     """Run an entry point: user errors end with one line and status 2, others with a traceback and status 1."""
     console = Console(rank=int(os.environ.get("RANK", 0)))
     started = time.time()
     try:
         main(console)
+    except SystemExit:  # --help
+        console.show_early()
+        raise
     except user_errors() as error:
         console.close()
         if console.rank == 0:
             console.fail(f"error: {error}")
+        elif console.log and not isinstance(error, SaidByRankZero):  # before there is a log, all ranks fail alike
+            console.fail(f"error: rank {console.rank}: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         console.close()
-        console.fail("stopped by the keyboard; the same command goes on from the last checkpoint")
+        console.fail("stopped by the keyboard")
         sys.exit(130)
     except Exception:
         console.close()
         trace = traceback.format_exc()
+        console.show_early()
         print(trace, file=sys.stderr)  # into the log
         where = f"; what the libraries said before is in {console.log}" if console.log else ""
         console.fail(f"{trace}rank {console.rank} stopped after {time.time() - started:.0f} s{where}")

@@ -5,9 +5,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from mug.run.training.deepspeed_config import RecipeValues
 from mug.run.training.recipe import TrainerConfig
 
 NO_DECAY = ("cls_token", "mask_token", "position_embed")
+
+
+def recipe_values(trainer: TrainerConfig, width: int, world: int) -> RecipeValues:
+    """What the "auto" values of a DeepSpeed JSON become: bf16 on GPUs, fp32 on CPUs, the rest from the recipe."""
+    return RecipeValues(
+        global_batch=trainer.global_batch,
+        micro_batch=trainer.micro_batch,
+        world_size=world,
+        gradient_clipping=trainer.gradient_clipping,
+        bf16=torch.cuda.is_available(),
+        learning_rate=trainer.learning_rate,
+        betas=tuple(trainer.betas),
+        eps=1e-8,
+        weight_decay=trainer.weight_decay,
+        width=width,
+    )
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

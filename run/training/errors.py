@@ -5,6 +5,10 @@ class RunError(Exception):
     """A mistake that the user can mend: one line that names the thing and the mend."""
 
 
+class SaidByRankZero(RunError):
+    """A RunError that all ranks raise, and rank 0 prints."""
+
+
 def user_errors() -> tuple[type[Exception], ...]:
     """The exceptions of every layer that end a command with one line and exit status 2."""
     from mug.data.errors import DataError

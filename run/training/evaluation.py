@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
-from mug.data.stream import Pairs, worker_settings
+from mug.data.errors import DataError
+from mug.data.stream import MicroBatches, Pairs, worker_settings
 from mug.run.training.hardware import to_device
 from mug.run.training.losses import Means
 from mug.run.training.pictures import draw_grid
@@ -30,12 +31,13 @@ class HeldOut:
         self.pairs = pairs
         rank, world = dist.get_rank(), dist.get_world_size()
         count = min(samples, len(pairs))
-        batches = [list(range(i, min(i + micro_batch, count))) for i in range(0, count, micro_batch)]
+        batches = [range(i, min(i + micro_batch, count)) for i in range(0, count, micro_batch)]
         turns = range(rank, math.ceil(len(batches) / world) * world, world)
         self.real = [turn < len(batches) for turn in turns]
         self.loader = DataLoader(
-            pairs,
-            batch_sampler=[batches[min(turn, len(batches) - 1)] for turn in turns],
+            MicroBatches(pairs),
+            batch_size=None,
+            sampler=[batches[min(turn, len(batches) - 1)] for turn in turns],
             **worker_settings(workers),
         )
 
@@ -45,6 +47,8 @@ class HeldOut:
         means = Means()
         engine.eval()
         for batch, real in zip(self.loader, self.real, strict=True):
+            if isinstance(batch, DataError):
+                raise batch
             losses, report = engine(to_device(batch))
             counts = engine.module.counts(batch)
             means.add(losses, report, counts if real else dict.fromkeys(counts, 0))

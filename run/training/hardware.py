@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mug.run.training.errors import RunError
+from mug.run.training.errors import RunError, SaidByRankZero
 
 # Dense bf16 FLOP/s by the vendors' data sheets; the longest name that fits counts.
 PEAK_FLOPS = {
@@ -91,14 +91,17 @@ def peak_memory_gb() -> float:
 
 
 def on_rank_zero(ask: Callable[[], Any]) -> Any:
-    """What `ask()` returns on rank 0, on all ranks; its RunError is raised on all of them too."""
-    answer: list[Any] = [None]
+    """What `ask()` returns on rank 0, on all ranks; if it raises, all ranks end with its words."""
+    answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            answer = [ask()]
+            answer = [ask(), None]
         except RunError as error:
-            answer = [error]
+            answer = [None, str(error)]
+        except Exception as error:
+            dist.broadcast_object_list([None, repr(error)], src=0)
+            raise
     dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], RunError):
-        raise answer[0]
+    if answer[1] is not None:
+        raise SaidByRankZero(answer[1])
     return answer[0]

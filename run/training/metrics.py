@@ -2,17 +2,28 @@
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch.distributed as dist
 
 from mug.model.flops import flops_per_sample
 from mug.run.training import hardware
 from mug.run.training.recipe import Recipe
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, without one that a crash cut in mid-write."""
+    rows = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 class MetricsWriter:
@@ -32,24 +43,28 @@ class MetricsWriter:
         self.board = SummaryWriter(str(output / "tensorboard"), purge_step=resumed + 1)
 
     def _truncate(self, resumed: int) -> None:
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # cut by a crash in mid-write
-                continue
-            if row["kind"] == "event" or row["step"] <= resumed:
-                kept.append(line + "\n")
+        lives = ("start", "resume")
+        rows = [row for row in read_rows(self.path) if row["step"] <= resumed or row.get("event") in lives]
+        kept = [json.dumps(row) + "\n" for row in rows]
         fresh = self.path.with_suffix(".fresh")
         fresh.write_text("".join(kept))
         os.replace(fresh, self.path)
 
     def write(self, kind: str, step: int, figures: dict[str, object]) -> None:
         """One row; `kind` is train, eval or event. Numbers also go to TensorBoard as kind/name."""
-        self.file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
+        broken = {
+            name: None for name, value in figures.items() if isinstance(value, float) and not math.isfinite(value)
+        }
+        row = {**figures, **broken}  # JSON has no NaN
+        self.file.write(json.dumps({"kind": kind, "step": step, **row}) + "\n")
         for name, value in figures.items():
             if isinstance(value, int | float):
                 self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def flush(self) -> None:
+        """Rows of steps that a checkpoint holds are not written again: they must be on disk before it."""
+        self.file.flush()
+        self.board.flush()
 
     def __enter__(self) -> "MetricsWriter":
         return self

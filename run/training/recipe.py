@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import operator
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,6 +129,9 @@ def parse_command(arguments: list[str] | None = None) -> Command:
     if parsed.deepspeed is None:
         raise RunError("--deepspeed is missing; name a DeepSpeed JSON, for example ds_configs/zero3.json")
     output = Path(parsed.output or Path("runs") / recipe_file.stem)
+    for section in ("model", "data", "trainer", "checkpoint"):
+        if parsed[section] is None:
+            raise RunError(f"{recipe_file}: section {section} is empty; give it keys, or leave it out")
     return Command(_recipe(parser.instantiate(parsed)), Path(parsed.deepspeed), output)
 
 
@@ -140,11 +144,30 @@ def _recipe_file(arguments: list[str]) -> Path | None:
     return None
 
 
+# What a number must at least be; a run without a checkpoint, for one, could not go on.
+LEAST = {
+    "trainer.max_steps": 1,
+    "trainer.epochs": 0,
+    "trainer.base_learning_rate": 0,
+    "trainer.min_learning_rate": 0,
+    "trainer.warmup_samples": 0,
+    "trainer.weight_decay": 0,
+    "trainer.gradient_clipping": 0,
+    "trainer.log_every": 1,
+    "trainer.eval_every": 1,
+    "trainer.eval_samples": 1,
+    "checkpoint.every_steps": 1,
+    "checkpoint.keep": 1,
+    "seed": 0,
+}
+
+
 def _recipe(values: Namespace) -> Recipe:
     recipe = Recipe(**{f.name: values[f.name] for f in dataclasses.fields(Recipe)})
-    for section, name in (("trainer", "log_every"), ("trainer", "eval_every"), ("checkpoint", "every_steps")):
-        if getattr(getattr(recipe, section), name) < 1:
-            raise RunError(f"{section}.{name} must be at least 1")
-    if recipe.checkpoint.keep < 1:
-        raise RunError("checkpoint.keep must be at least 1: a run without a checkpoint cannot go on")
+    for name, least in LEAST.items():
+        value = operator.attrgetter(name)(recipe)
+        if value is not None and value < least:
+            raise RunError(f"{name} must be at least {least}, not {value}")
+    if not all(0 <= beta < 1 for beta in recipe.trainer.betas):
+        raise RunError(f"trainer.betas must lie in [0, 1), not be {recipe.trainer.betas}")
     return dataclasses.replace(recipe, model=resolve(recipe.model))

@@ -24,14 +24,20 @@ def undisturbed(tmp_path_factory):
     return output
 
 
-def kill_at_a_row(output, row: int) -> None:
-    """Start the run, and SIGKILL it as soon as its metrics hold `row` lines."""
+def kill_at_a_row(output, row: int, lives: int) -> None:
+    """Start the run, and SIGKILL it in its life number `lives` as soon as its metrics hold `row` lines."""
     command = [*PYTHON, "run/pretrain.py", "--deepspeed", ZERO3, "--output", str(output), *OPTIONS]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     metrics = output / "metrics.jsonl"
-    while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < row):
+
+    def reached() -> bool:
+        text = metrics.read_text() if metrics.exists() else ""
+        begun = text.count('"event": "start"') + text.count('"event": "resume"')
+        return begun >= lives and text.count("\n") >= row
+
+    while process.poll() is None and not reached():
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
@@ -42,8 +48,8 @@ def test_killed_twice_at_random_steps_gives_the_same_losses_to_the_digit(tmp_pat
     output = tmp_path / "run"
     first, second = sorted(random.sample(range(2, 24), 2))
     print(f"killed at rows {first} and {second}")
-    kill_at_a_row(output, first)
-    kill_at_a_row(output, second)
+    kill_at_a_row(output, first, lives=1)
+    kill_at_a_row(output, second, lives=2)
     done = pretrain(output, *OPTIONS)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(output) == losses(undisturbed)
@@ -64,6 +70,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, und
     assert f"checkpoint-24: {shard.name} is damaged" in done.stdout
     assert "going on after step 21" in done.stdout
     assert losses(output) == losses(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (["--trainer.global_batch", "16"], "global batch 8, this run has 16"),
+        (["--seed", "5"], "seed is 0 there, 5 here"),
+        (["--model.text_length", "30"], "text_length is 20 there, 30 here"),
+    ],
+)
+def test_what_would_break_the_order_of_samples_or_the_model_is_refused(undisturbed, options, names):
+    done = pretrain(undisturbed, *OPTIONS, *options)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and names in done.stderr
 
 
 @pytest.mark.slow

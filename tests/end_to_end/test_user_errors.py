@@ -20,6 +20,8 @@ def config_with(tmp_path, *path: str) -> str:
 
 CASES = {
     "unknown recipe key": (["--trainer.learning_rat", "1"], "trainer.learning_rat"),
+    "abbreviated flag": (["--conf", "run/recipes/cc3m_base.yaml"], "--conf"),
+    "number out of range": (["--trainer.max_steps", "0"], "trainer.max_steps must be at least 1"),
     "unknown flag": (["--frobnicate", "1"], "frobnicate"),
     "wrong type": (["--trainer.max_steps", "many"], "max_steps"),
     "batch that does not divide": (["--trainer.global_batch", "10", "--trainer.micro_batch", "4"], "global batch 10"),
@@ -45,6 +47,13 @@ def test_mistake_on_the_command_line(tmp_path, case):
     options, names = CASES[case]
     options = options if case == "missing recipe" else [*TOY, *options]
     assert_refused(pretrain(tmp_path / "run", *options), names, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_help_is_printed(tmp_path):
+    done = pretrain(tmp_path / "run", "--help")
+    assert done.returncode == 0
+    assert "--trainer.max_steps" in done.stdout and "optimizer steps of the run" in done.stdout
 
 
 @pytest.mark.slow

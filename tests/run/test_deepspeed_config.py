@@ -177,7 +177,6 @@ def test_a_concrete_value_must_agree_with_the_recipe(load, dotted, agrees, contr
         ("optimizer.params.beta", '"betas"'),
         ("bf16.enable", '"enabled"'),
         ("timers.throughput.sync", '"synchronized"'),
-        ("checkpoint.writer.typ", '"type"'),
     ],
 )
 def test_unknown_key_is_refused_by_path_with_a_mend(load, dotted, mend):

@@ -59,7 +59,9 @@ def test_the_learning_rate_scales_with_the_global_batch():
         (["--trainer.max_steps", "three"], "trainer.max_steps"),
         (["--trainer.log_every", "0"], "trainer.log_every"),
         (["--checkpoint.keep", "0"], "checkpoint.keep"),
-        (["--config"], "config"),
+        (["--trainer.betas", "[2, 0.9]"], "trainer.betas"),
+        (["--trainer.warmup_samples", "-1"], "trainer.warmup_samples"),
+        (["--seed", "-1"], "seed"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(arguments, names):
