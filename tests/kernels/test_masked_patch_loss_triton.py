@@ -196,6 +196,14 @@ def test_small_gradients_in_fp16_survive_a_large_loss_scale(device, fresh_seed):
     torch.testing.assert_close(gradient.double(), exact, atol=1e-6, rtol=2e-3)
 
 
+def test_a_second_walk_through_the_graph_is_refused(device, fresh_seed):
+    case = make(device)
+    loss = case.loss(case.prediction.requires_grad_())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_nan_and_infinity_propagate(device, fresh_seed, value):
     case = make(device)
