@@ -35,7 +35,7 @@ def linear_cross_entropy(
         z_loss: weight of the mean squared log-sum-exp of the logits (PaLM, arXiv 2204.02311, section 5), which is
             added to the loss.
         memory_budget: bytes that logits may take at a time; the chunked backend keeps one row at least. Beside
-            them it keeps the gradients: [N, D] in hidden's dtype, [V, D] in fp32.
+            them it keeps both gradients in fp32.
         backend: "chunked", "reference" (plain PyTorch), or "auto": the reference where it fits the budget, as it
             does in small models, else chunked; under torch.compile always chunked, which is one opaque operator.
 
@@ -103,9 +103,9 @@ def _chunked(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, accuracy, kept rows, gradients of the loss's sum by hidden and by weight (fp32), or empty)."""
+    """(loss, accuracy, kept rows, gradients of the summed loss by hidden and by weight, or empty), all fp32."""
     kept = (target_N != ignore_index).nonzero().squeeze(1)
-    grad_ND = hidden_ND.new_zeros(hidden_ND.shape if needs_hidden else 0)
+    grad_ND = hidden_ND.new_zeros(hidden_ND.shape if needs_hidden else 0, dtype=torch.float32)
     grad_VD = weight_VD.new_zeros(weight_VD.shape if needs_weight else 0, dtype=torch.float32)
     loss, hits = hidden_ND.new_zeros((), dtype=torch.float32), target_N.new_zeros(())
     # Half precision holds a logit three times: as multiplied, in fp32, and its gradient as multiplied.
@@ -117,10 +117,11 @@ def _chunked(
             x_RV = F.linear(hidden_RD, weight_VD).float()
             hits += (x_RV.argmax(-1) == target_R).sum()
             loss += _loss_to_gradient_(x_RV, target_R, label_smoothing, z_loss)
+            grad_RV = x_RV.to(weight_VD.dtype) if x_RV.is_cuda else x_RV
             if needs_hidden:
-                grad_ND[kept_R] = x_RV.to(weight_VD.dtype) @ weight_VD
+                grad_ND[kept_R] = _add_product_(torch.zeros_like(hidden_RD, dtype=torch.float32), grad_RV, weight_VD)
             if needs_weight:
-                _add_product_(grad_VD, x_RV, hidden_RD)
+                _add_product_(grad_VD, grad_RV.T, hidden_RD)
     count = torch.full_like(loss, max(kept.numel(), 1))
     return loss / count, hits / count, count, grad_ND, grad_VD
 
@@ -141,18 +142,17 @@ def _loss_to_gradient_(x_RV: Tensor, target_R: Tensor, label_smoothing: float, z
     return loss_R1.sum()
 
 
-def _add_product_(grad_VD: Tensor, x_RV: Tensor, hidden_RD: Tensor) -> None:
-    """grad += xᵀ @ hidden, with sums in fp32 whatever hidden's dtype."""
-    if hidden_RD.dtype == torch.float32 or not hidden_RD.is_cuda:
-        grad_VD.addmm_(x_RV.T, hidden_RD.float())
-    else:
-        grad_VD += torch.mm(x_RV.to(hidden_RD.dtype).T, hidden_RD, out_dtype=torch.float32)
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total += a @ b in fp32; the factors stay in half precision where `a` is, so on CUDA."""
+    if a.dtype == torch.float32:
+        return total.addmm_(a, b.float())
+    return total.add_(torch.mm(a, b, out_dtype=torch.float32))
 
 
 @_chunked.register_fake
 def _(hidden_ND, weight_VD, target_N, ignore_index, label_smoothing, z_loss, budget, needs_hidden, needs_weight):
     loss, accuracy, count = (hidden_ND.new_empty((), dtype=torch.float32) for _ in range(3))
-    grad_ND = hidden_ND.new_empty(hidden_ND.shape if needs_hidden else 0)
+    grad_ND = hidden_ND.new_empty(hidden_ND.shape if needs_hidden else 0, dtype=loss.dtype)
     return loss, accuracy, count, grad_ND, weight_VD.new_empty(weight_VD.shape if needs_weight else 0, dtype=loss.dtype)
 
 
@@ -160,7 +160,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     _, accuracy, *saved = output
     ctx.mark_non_differentiable(accuracy)
-    ctx.dtype = inputs[1].dtype
+    ctx.dtype = inputs[0].dtype  # weight's as well
     ctx.save_for_backward(*saved)
 
 
@@ -170,7 +170,7 @@ def _backward(ctx, grad_output: Tensor | None, *_) -> tuple[Tensor | None, ...]:
     if grad_output is None:
         return (None,) * 9
     scale = grad_output / count
-    grad_hidden = (grad_ND * scale).to(grad_ND.dtype) if needs_hidden else None
+    grad_hidden = (grad_ND * scale).to(ctx.dtype) if needs_hidden else None
     return grad_hidden, (grad_VD * scale).to(ctx.dtype) if needs_weight else None, *(None,) * 7
 
 

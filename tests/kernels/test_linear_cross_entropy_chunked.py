@@ -44,7 +44,7 @@ def exact(example, grad_output, label_smoothing=0.0, z_loss=0.0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(23, 16, 61), (1, 7, 5), (64, 32, 1023)], ids=str)
+@pytest.mark.parametrize("shape", [(23, 16, 61), (1, 65, 5), (64, 32, 1023)], ids=str)
 @pytest.mark.parametrize(
     "options", [{}, {"label_smoothing": 0.1}, {"z_loss": 1e-2}, {"label_smoothing": 0.2, "z_loss": 1e-3}]
 )
@@ -57,8 +57,9 @@ def test_as_near_to_float64_as_eager(device, fresh_seed, dtype, shape, options, 
     assert ours.dtype == torch.float32 and [x.dtype for x in our_gradients] == [dtype, dtype]
     assert (ours - truth[0]).abs() <= 2 * (eagers - truth[0]).abs() + 2**-21 * truth[0].abs()
     for x, eager, expected in zip(our_gradients, eager_gradients, truth[1:], strict=True):
-        error, eager_error = ((y.double() - expected).square().mean().sqrt() for y in (x, eager))
-        assert error <= 2 * eager_error + 2**-22 * expected.abs().max()
+        candidates = (x, eager, expected.to(dtype))  # the last: what rounding alone costs, where eager was lucky
+        error, eager_error, rounding = ((y.double() - expected).square().mean().sqrt() for y in candidates)
+        assert error <= 2 * max(eager_error, rounding) + 2**-22 * expected.abs().max()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 1000])
@@ -123,11 +124,10 @@ def test_large_logits_stay_finite(device):
 def test_without_need_of_them_no_gradients_are_computed(device, fresh_seed, monkeypatch):
     hidden, weight, target = make(device)
     expected = results((hidden, weight, target), "chunked")
-    monkeypatch.setattr(module, "_add_product_", lambda *_: pytest.fail("computed"))
-    with torch.no_grad():
-        loss, accuracy = linear_cross_entropy(
-            hidden, weight.requires_grad_(), target, ignore_index=PAD, backend="chunked"
-        )
+    weight.requires_grad_()
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(module, "_add_product_", lambda *_: pytest.fail("computed"))
+        loss, accuracy = linear_cross_entropy(hidden, weight, target, ignore_index=PAD, backend="chunked")
     torch.testing.assert_close((loss, accuracy), expected[:2])
     hidden.requires_grad_(), weight.requires_grad_(False)
     linear_cross_entropy(hidden, weight, target, ignore_index=PAD, backend="chunked")[0].backward()
