@@ -1,0 +1,20 @@
+import secrets
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def device() -> str:
+    """Where Triton runs: a GPU, or else its interpreter."""
+    pytest.importorskip("triton")
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def fresh_seed() -> int:
+    """Another one each time, printed so that a failure can be repeated."""
+    seed = secrets.randbits(32)
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+    return seed

@@ -1,0 +1,202 @@
+"""The chunked caption head against float64 and the eager reference."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mug.kernels import linear_cross_entropy as module
+from mug.kernels.linear_cross_entropy import linear_cross_entropy
+
+PAD = 3
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+device = pytest.fixture(lambda: "cuda" if torch.cuda.is_available() else "cpu", name="device")
+
+
+def make(device, N=23, D=16, V=61, dtype=torch.float32, padding=0.3):
+    hidden, weight = torch.randn(N, D), torch.randn(V, D) * D**-0.5
+    target = torch.randint(PAD + 1, V, (N,)).where(torch.rand(N) >= padding, PAD)
+    target[0] = V - 1
+    return [hidden.to(device, dtype), weight.to(device, dtype), target.to(device)]
+
+
+def results(example, backend, grad_output=1.0, rows=5, **options):
+    """(loss, accuracy, gradient by hidden, by weight); chunks of `rows` rows."""
+    hidden, weight, target = example
+    hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
+    budget = rows * len(weight) * (4 if hidden.dtype == torch.float32 else 8)
+    loss, accuracy = linear_cross_entropy(
+        hidden, weight, target, ignore_index=PAD, memory_budget=budget, backend=backend, **options
+    )
+    (loss * grad_output).backward()
+    return loss.detach(), accuracy, hidden.grad, weight.grad
+
+
+def exact(example, grad_output, label_smoothing=0.0, z_loss=0.0):
+    hidden, weight = (x.double().requires_grad_() for x in example[:2])
+    logits, target = hidden @ weight.T, example[2]
+    loss = F.cross_entropy(logits, target, ignore_index=PAD, label_smoothing=label_smoothing)
+    loss = loss + z_loss * logits[target != PAD].logsumexp(-1).square().mean()
+    (loss * grad_output).backward()
+    return loss.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(23, 16, 61), (1, 65, 5), (64, 32, 1023)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1}, {"z_loss": 1e-2}, {"label_smoothing": 0.2, "z_loss": 1e-3}]
+)
+@pytest.mark.parametrize("grad_output", [1.0, -37.3])
+def test_as_near_to_float64_as_eager(device, fresh_seed, dtype, shape, options, grad_output):
+    example = make(device, *shape, dtype=dtype)
+    truth = exact(example, grad_output, **options)
+    ours, _, *our_gradients = results(example, "chunked", grad_output, **options)
+    eagers, _, *eager_gradients = results(example, "reference", grad_output, **options)
+    assert ours.dtype == torch.float32 and [x.dtype for x in our_gradients] == [dtype, dtype]
+    assert (ours - truth[0]).abs() <= 2 * (eagers - truth[0]).abs() + 2**-21 * truth[0].abs()
+    for x, eager, expected in zip(our_gradients, eager_gradients, truth[1:], strict=True):
+        candidates = (x, eager, expected.to(dtype))  # the last: what rounding alone costs, where eager was lucky
+        error, eager_error, rounding = ((y.double() - expected).square().mean().sqrt() for y in candidates)
+        assert error <= 2 * max(eager_error, rounding) + 2**-22 * expected.abs().max()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 1000])
+def test_the_chunk_does_not_matter(device, fresh_seed, rows):
+    example = make(device)
+    for x, expected in zip(results(example, "chunked", rows=rows), results(example, "reference"), strict=True):
+        torch.testing.assert_close(x, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_no_product_is_larger_than_the_budget(device, fresh_seed, monkeypatch):
+    seen, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w: seen.append(len(x)) or linear(x, w))
+    example = make(device)
+    results(example, "chunked", rows=5)
+    assert max(seen) == 5 and sum(seen) == (example[2] != PAD).sum()
+
+
+def test_auto_takes_the_reference_where_it_fits(monkeypatch, fresh_seed):
+    hidden, weight, target = make("cpu")
+    monkeypatch.setattr(module, "_chunked", lambda *_: ("chunked", None))
+    size = 23 * 61 * 12
+    options = {"ignore_index": PAD}
+    assert linear_cross_entropy(hidden, weight, target, memory_budget=size, **options)[0] != "chunked"
+    assert linear_cross_entropy(hidden, weight, target, memory_budget=size - 1, **options)[0] == "chunked"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_a_kept_row_all_is_zero_and_gradients_are_there(device, dtype):
+    hidden, weight, target = make(device, dtype=dtype)
+    loss, accuracy, *gradients = results((hidden, weight, torch.full_like(target, PAD)), "chunked")
+    assert loss == 0 and accuracy == 0
+    assert torch.equal(gradients[0], torch.zeros_like(hidden)) and torch.equal(gradients[1], torch.zeros_like(weight))
+
+
+def test_ignored_rows_may_hold_anything(device, fresh_seed):
+    hidden, weight, target = make(device)
+    expected = results((hidden, weight, target), "chunked")
+    hidden[target == PAD] = torch.nan
+    for x, y in zip(results((hidden, weight, target), "chunked"), expected, strict=True):
+        assert torch.equal(x, y)
+    assert (expected[2][target == PAD] == 0).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_infinity_propagate(device, fresh_seed, value):
+    hidden, weight, target = make(device)
+    hidden[0, 0] = value
+    loss, _, grad_hidden, _ = results((hidden, weight, target), "chunked")
+    assert not loss.isfinite() and not grad_hidden[0].isfinite().all()
+
+
+def test_large_logits_stay_finite(device):
+    example = (
+        torch.eye(4, device=device) * 1e4,
+        torch.eye(4, device=device),
+        torch.tensor([0, 1, 2, 0], device=device),
+    )
+    loss, accuracy, *gradients = results(example, "chunked")
+    assert loss.item() == pytest.approx(1e4 / 4) and accuracy == 0.75 and all(x.isfinite().all() for x in gradients)
+
+
+def test_without_need_of_them_no_gradients_are_computed(device, fresh_seed, monkeypatch):
+    hidden, weight, target = make(device)
+    expected = results((hidden, weight, target), "chunked")
+    weight.requires_grad_()
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(module, "_add_product_", lambda *_: pytest.fail("computed"))
+        loss, accuracy = linear_cross_entropy(hidden, weight, target, ignore_index=PAD, backend="chunked")
+    torch.testing.assert_close((loss, accuracy), expected[:2])
+    hidden.requires_grad_(), weight.requires_grad_(False)
+    linear_cross_entropy(hidden, weight, target, ignore_index=PAD, backend="chunked")[0].backward()
+    torch.testing.assert_close(hidden.grad, expected[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_torch_compile_sees_one_graph(device, fresh_seed, compiler, dtype):
+    torch._dynamo.reset()
+    example = make(device, dtype=dtype)
+    expected = results(example, "chunked", rows=1000)
+    hidden, weight = (x.clone().requires_grad_() for x in example[:2])
+
+    @torch.compile(backend=compiler, fullgraph=True)
+    def compiled(hidden, weight):
+        return linear_cross_entropy(hidden, weight, example[2], ignore_index=PAD)
+
+    loss, accuracy = compiled(hidden, weight)
+    loss.backward()
+    torch.testing.assert_close((loss.detach(), accuracy, hidden.grad, weight.grad), expected)
+    assert not accuracy.requires_grad
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(device, fresh_seed, use_reentrant):
+    example = make(device)
+    expected = results(example, "chunked", rows=1000)
+    hidden, weight = (x.clone().requires_grad_() for x in example[:2])
+
+    def head(hidden):
+        return linear_cross_entropy(hidden, weight, example[2], ignore_index=PAD, backend="chunked")
+
+    loss, _ = checkpoint(head, hidden, use_reentrant=use_reentrant)
+    loss.backward()
+    assert torch.equal(loss.detach(), expected[0])
+    assert torch.equal(hidden.grad, expected[2]) and torch.equal(weight.grad, expected[3])
+
+
+def test_autocast_multiplies_in_half_precision(device, fresh_seed):
+    example = make(device)
+    with torch.autocast(device, torch.bfloat16):
+        ours = results(example, "chunked")
+    assert ours[2].dtype == ours[3].dtype == torch.float32
+    expected = results([x.bfloat16() for x in example[:2]] + example[2:], "chunked")
+    torch.testing.assert_close(ours[0], expected[0])
+
+
+def test_small_gradients_in_fp16_survive_a_large_loss_scale(device, fresh_seed):
+    example = make(device, N=4000, V=61, D=16, dtype=torch.float16)
+    _, expected, _ = exact(example, 2.0**15)
+    _, _, gradient, _ = results(example, "chunked", 2.0**15, rows=1000)
+    assert (gradient.double() - expected).abs().max() < 5e-3 * expected.abs().max()
+
+
+def test_the_operator_is_registered_as_torch_library_wants_it(device, fresh_seed):
+    hidden, weight, target = make(device)
+    arguments = (hidden.requires_grad_(), weight.requires_grad_(), target, PAD, 0.0, 0.0, 1000, True, True)
+    torch.library.opcheck(torch.ops.mug.linear_cross_entropy, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_what_is_wrong_is_named():
+    hidden, weight, target = make("cpu")
+    with pytest.raises(ValueError, match="backend='liger' is not one of auto, chunked, reference"):
+        linear_cross_entropy(hidden, weight, target, ignore_index=PAD, backend="liger")
+    with pytest.raises(ValueError, match=r"cannot serve hidden torch.float64 with weight torch.float32"):
+        linear_cross_entropy(hidden.double(), weight, target, ignore_index=PAD, backend="chunked")
+    for value in (-1, 61):
+        target[5] = value
+        with pytest.raises(ValueError, match=f"target holds {value}, the vocabulary has 61"):
+            linear_cross_entropy(hidden, weight, target, ignore_index=PAD)
+    assert math.isfinite(linear_cross_entropy(hidden, weight, target, ignore_index=61)[0].item())
