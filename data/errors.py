@@ -3,3 +3,7 @@
 
 class DataError(Exception):
     """One clear line that names the thing and the mend. Entry points print it and exit with status 2."""
+
+
+class BadSample(DataError):
+    """One sample that cannot be used; the stream puts another in its place and writes it down."""
