@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -123,11 +123,11 @@ def run_command(main: Callable[[Console], None]) -> None:
             console.fail(f"error: {error}")
         elif console.log and not isinstance(error, SaidByRankZero):  # before there is a log, all ranks fail alike
             console.fail(f"error: rank {console.rank}: {error}")
-        sys.exit(2)
+        _leave(2)
     except KeyboardInterrupt:
         console.close()
         console.fail("stopped by the keyboard")
-        sys.exit(130)
+        _leave(130)
     except Exception:
         console.close()
         trace = traceback.format_exc()
@@ -135,5 +135,13 @@ def run_command(main: Callable[[Console], None]) -> None:
         print(trace, file=sys.stderr)  # into the log
         where = f"; what the libraries said before is in {console.log}" if console.log else ""
         console.fail(f"{trace}rank {console.rank} stopped after {time.time() - started:.0f} s{where}")
-        sys.exit(1)
+        _leave(1)
     console.close()
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process with `status`, which an orderly shutdown cannot promise: it aborts now and then while threads
+    of the process group are at work, and closing the group waits for ranks that may be gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
