@@ -1,100 +1,31 @@
-"""Pairs by position, and the stream of batches that training reads."""
+"""The stream of batches that training reads, and the pairs that it is evaluated on."""
 
-import multiprocessing
-import os
-import threading
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
-
-from mug.data import rng, transforms
 from mug.data.config import DataConfig
 from mug.data.errors import DataError
+from mug.data.index import index_for
+from mug.data.ledger import Replaced
+from mug.data.loader import load
 from mug.data.openmoji import ensure_openmoji
 from mug.data.order import Order
-from mug.data.shards import IMAGE, ShardIndex, expand
+from mug.data.pairs import Batch, EvaluationView, Pairs, TrainView
+from mug.data.reader import Reader
 from mug.data.tokenizer import Tokenizer
 
-Batch = dict[str, torch.Tensor]
-
-STATE_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Augment:
-    """How training sees a sample: its order, random crop and flip."""
-
-    order: Order
-    crop_scale: tuple[float, float]
-    flip: bool
-
-    def view(self, image, size: int, epoch: int, position: int) -> np.ndarray:
-        """The random crop of an RGB image at this position, uint8 [3, size, size]."""
-        seed = self.order.seed
-        draws = rng.uniform(seed, rng.CROP, epoch, position, transforms.CROP_DRAWS)
-        box = transforms.random_box(*image.size, self.crop_scale, draws)
-        flip = self.flip and rng.uniform(seed, rng.FLIP, epoch, position, 1)[0] < 0.5
-        return transforms.train_view(image, size, box, flip)
-
-
-@dataclass(frozen=True, eq=False)
-class Pairs(Dataset):
-    """position → {"image": uint8 [3, S, S], "tokens": int64 [T], "position": int64 []}.
-
-    With `augment`, the training view: positions run on over epochs without end. Without it, the evaluation
-    view: a position is the sample's place in the shards, the image its central square.
-    """
-
-    index: ShardIndex
-    tokenizer: Tokenizer
-    image_size: int
-    text_length: int
-    language: str
-    augment: Augment | None = None
-
-    def __post_init__(self):
-        if self.text_length < 3:
-            raise DataError(f"text length {self.text_length} leaves no room between BOS and EOS: give 3 or more")
-
-    def __len__(self) -> int:
-        """Number of samples N, which is one epoch."""
-        return len(self.index)
-
-    def __getitem__(self, position: int) -> Batch:
-        """The sample at `position`.
-
-        Raises:
-            DataError: it cannot be read or decoded; names the shard and the key.
-            IndexError: beyond the last sample, in the evaluation view.
-        """
-        position = int(position)
-        if position < 0 or (self.augment is None and position >= len(self)):
-            raise IndexError(position)
-        epoch, row = self.augment.order.locate(position) if self.augment else (0, position)
-        data = self.index.read(row, IMAGE)
-        try:
-            image = transforms.decode(data)
-        except DataError as error:
-            raise DataError(f"{self.index.name(row)}: the image cannot be decoded: {error}") from error
-        if self.augment:
-            view = self.augment.view(image, self.image_size, epoch, position)
-        else:
-            view = transforms.eval_view(image, self.image_size)
-        tokens = self.tokenizer.encode(self.index.caption(row, self.language), self.text_length)
-        return {
-            "image": torch.from_numpy(view),
-            "tokens": torch.from_numpy(tokens),
-            "position": torch.tensor(position, dtype=torch.int64),
-        }
+STATE_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank takes of each global batch: a contiguous slice, cut into micro-batches in order."""
+    """What one of R ranks takes of each global batch: each R-th position, cut into micro-batches in order.
+
+    Position p lies in lane p mod L of the order, so a rank stays in the same lanes where R divides L, and what is
+    read from them may be cached on its machine.
+    """
 
     global_batch: int
     micro_batch: int
@@ -110,50 +41,8 @@ class Share:
 
     def positions(self, start: int) -> list[range]:
         """The positions of this rank's micro-batches in the global batch that begins at `start`."""
-        per_rank = self.global_batch // self.world
-        first = start + self.rank * per_rank
-        return [range(i, i + self.micro_batch) for i in range(first, first + per_rank, self.micro_batch)]
-
-
-@dataclass(frozen=True, eq=False)
-class MicroBatches(Dataset):
-    """range of positions → collated batch. A DataError is returned: raised, a worker buries its one line."""
-
-    pairs: Pairs
-
-    def __getitem__(self, positions: range) -> Batch | DataError:
-        try:
-            samples = [self.pairs[position] for position in positions]
-        except DataError as error:
-            return error
-        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
-
-
-def worker_settings(workers: int) -> dict:
-    """What a DataLoader needs to run `workers` processes beside a training process.
-
-    That one runs CUDA, NCCL and OpenMP threads, and a plain fork may copy their locks as held: hence the fork
-    server. Workers import the script that was started, so it must begin its work under `if __name__ == "__main__"`.
-    """
-    if not workers:
-        return {"num_workers": 0}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # torch is imported once, not once per worker
-    return {
-        "num_workers": workers,
-        "multiprocessing_context": context,
-        "worker_init_fn": _end_with_parent,
-    }
-
-
-def _end_with_parent(worker: int) -> None:
-    """Watch for the end of the training process. torch watches the parent's id, which is the fork server's."""
-
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+        mine = range(start + self.rank, start + self.global_batch, self.world)
+        return [mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)]
 
 
 class TrainStream:
@@ -165,15 +54,17 @@ class TrainStream:
 
     def __init__(self, pairs: Pairs, share: Share, workers: int):
         self.pairs = pairs
+        self.order: Order = pairs.view.order
         self.share = share
         self.workers = workers
-        self.fingerprint = pairs.index.fingerprint()
         self.next_position = 0
+        self._yielded: deque[list[Replaced]] = deque()  # of each step that was yielded and not trained on
+        self._replaced: list[Replaced] = []
 
     @property
     def samples(self) -> int:
         """Number of samples in an epoch."""
-        return len(self.pairs)
+        return len(self.order)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -189,35 +80,30 @@ class TrainStream:
         """Yield, per optimizer step, this rank's micro-batches of `image`, `tokens` and `position`.
 
         Raises:
-            DataError: a sample cannot be used; names the shard and the key.
+            DataError: a shard cannot be read; it is named.
         """
-        loader = iter(self._loader(self._positions(self.next_position)))
+        self._yielded.clear()
+        loaded = load(self.pairs, self._positions(self.next_position), self.workers)
         per_step = len(self.share.positions(0))
         while True:
-            step = [next(loader) for _ in range(per_step)]
-            for batch in step:
-                if isinstance(batch, DataError):
-                    raise batch
-            yield step
+            batches, replaced = zip(*(next(loaded) for _ in range(per_step)), strict=True)
+            self._yielded.append([entry for entries in replaced for entry in entries])
+            yield list(batches)
 
     def _positions(self, start: int) -> Iterator[range]:
         while True:
             yield from self.share.positions(start)
             start += self.share.global_batch
 
-    def _loader(self, positions: Iterator[range]) -> DataLoader:
-        return DataLoader(
-            MicroBatches(self.pairs),
-            batch_size=None,  # the sampler names whole micro-batches
-            sampler=positions,
-            **worker_settings(self.workers),
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # or it would draw from, and move, the global one
-        )
-
     def advance(self) -> None:
         """Count one global batch as trained on."""
         self.next_position += self.share.global_batch
+        self._replaced += self._yielded.popleft()
+
+    def take_replaced(self) -> list[Replaced]:
+        """This rank's samples that could not be used, of the steps trained on since the last call."""
+        taken, self._replaced = self._replaced, []
+        return taken
 
     def state_dict(self) -> dict:
         """The data's state: the same on every rank and for any number of ranks."""
@@ -227,9 +113,10 @@ class TrainStream:
         """What must agree for a saved position to mean the same sample."""
         return {
             "version": STATE_VERSION,
-            "seed": self.pairs.augment.order.seed,
+            "seed": self.order.seed,
             "samples": self.samples,
-            "fingerprint": self.fingerprint,
+            **self.order.constants(),
+            "fingerprint": self.pairs.reader.index.fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
         }
 
@@ -248,27 +135,18 @@ class TrainStream:
         self.next_position = int(state["next_position"])
 
 
-def _tokenizer(config: DataConfig, embedded: Path | None) -> Tokenizer:
-    if config.tokenizer is None and embedded is None:
-        raise DataError("data.shards is given without data.tokenizer: name a tokenizer.json or a hub tokenizer")
-    return Tokenizer.load(config.tokenizer or embedded)
-
-
 def open_train(config: DataConfig, seed: int, image_size: int, text_length: int, share: Share) -> TrainStream:
     """The training stream of one rank; builds the embedded pairs where no shards are given.
 
-    `seed` sets the order of the samples, the crops and the flips.
+    `seed` sets the order of the samples, the crops, the flips and the choice among captions.
 
     Raises:
         DataError: shards or tokenizer are missing or damaged.
     """
     embedded = ensure_openmoji(config.cache_folder()) if config.shards is None else None
-    paths = expand(config.shards) if embedded is None else sorted(embedded.glob("train-*.tar"))
-    tokenizer = _tokenizer(config, embedded)
-    index = ShardIndex.scan(paths)
-    augment = Augment(Order(len(index), seed), tuple(config.crop_scale), config.flip)
-    pairs = Pairs(index, tokenizer, image_size, text_length, config.language, augment)
-    return TrainStream(pairs, share, config.workers)
+    reader = _open_reader(config, config.shards if embedded is None else f"{embedded}/train-*.tar")
+    view = TrainView(Order(reader.index.counts_S, seed), tuple(config.crop_scale), config.flip)
+    return TrainStream(_pairs(config, reader, embedded, image_size, text_length, view), share, config.workers)
 
 
 def open_held_out(config: DataConfig, image_size: int, text_length: int) -> Pairs | None:
@@ -280,6 +158,16 @@ def open_held_out(config: DataConfig, image_size: int, text_length: int) -> Pair
     if config.shards is not None and config.held_out is None:
         return None
     embedded = ensure_openmoji(config.cache_folder()) if config.shards is None else None
-    paths = expand(config.held_out) if config.held_out is not None else sorted(embedded.glob("held_out-*.tar"))
-    tokenizer = _tokenizer(config, embedded)
-    return Pairs(ShardIndex.scan(paths), tokenizer, image_size, text_length, config.language)
+    reader = _open_reader(config, config.held_out if config.held_out is not None else f"{embedded}/held_out-*.tar")
+    return _pairs(config, reader, embedded, image_size, text_length, EvaluationView(reader.index.counts_S))
+
+
+def _open_reader(config: DataConfig, patterns: str) -> Reader:
+    return Reader(index_for(patterns, config.cache_folder()))
+
+
+def _pairs(config: DataConfig, reader: Reader, embedded: Path | None, image_size: int, text_length: int, view) -> Pairs:
+    if config.tokenizer is None and embedded is None:
+        raise DataError("data.shards is given without data.tokenizer: name a tokenizer.json or a hub tokenizer")
+    tokenizer = Tokenizer.load(config.tokenizer or embedded)
+    return Pairs(reader, tokenizer, image_size, text_length, config.languages(), config.decode, view)

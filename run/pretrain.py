@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mug.data.ledger import Ledger
 from mug.data.stream import Batch, Share, TrainStream, open_held_out, open_train
 from mug.model.mug import OBJECTIVES
 from mug.model.presets import Vocabulary
@@ -34,7 +35,7 @@ from mug.run.training.engine import build_engine, recipe_values, set_learning_ra
 from mug.run.training.errors import RunError
 from mug.run.training.evaluation import HeldOut
 from mug.run.training.losses import Means, shares, total_loss
-from mug.run.training.metrics import Meter, MetricsWriter
+from mug.run.training.metrics import Meter, MetricsWriter, WaitAlarm
 from mug.run.training.recipe import Command, Recipe, parse_command
 from mug.run.training.restore import describe_model
 from mug.run.training.schedule import CosineSchedule
@@ -72,13 +73,16 @@ def main(console: Console) -> None:
     if resumed:
         checkpoint.load_engine(engine, resumed)
         stream.load_state_dict(resumed.manifest["data"])
+    ledger = open_ledger(command, stream, resumed)
 
     # --- Loop ---
     if held_out is not None:
         held_out = HeldOut(held_out, recipe.trainer.eval_samples, recipe.trainer.micro_batch, recipe.data.workers)
-    run = Run(command, engine, stream, held_out, steps, console)
+    run = Run(command, engine, stream, ledger, held_out, steps, console)
     introduce(run, resumed)
-    train(run, done=resumed.step if resumed else 0)
+    done = resumed.step if resumed else 0
+    if done < steps:
+        train(run, done)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -167,6 +171,15 @@ def find_checkpoint(
     return found
 
 
+def open_ledger(command: Command, stream: TrainStream, resumed: checkpoint.Checkpoint | None) -> Ledger:
+    """The run's list of samples that could not be used; rank 0 keeps it."""
+    data = command.recipe.data
+    ledger = Ledger(command.output / "ledger.jsonl", stream.samples, data.max_bad_samples, data.max_bad_in_shard)
+    state = resumed.manifest["data"]["ledger"] if resumed else ledger.state_dict()
+    hardware.on_rank_zero(lambda: ledger.load_state_dict(state))
+    return ledger
+
+
 def lock(output: Path) -> None:
     """Keep the run's folder to this run until its process ends.
 
@@ -191,6 +204,7 @@ class Run:
     command: Command
     engine: Any
     stream: TrainStream
+    ledger: Ledger
     held_out: HeldOut | None
     steps: int
     console: Console
@@ -212,6 +226,11 @@ def introduce(run: Run, resumed: checkpoint.Checkpoint | None) -> None:
         f"batch {share.global_batch} = {share.micro_batch} x {accumulation} accumulation x {share.world} rank(s)"
         f" on {hardware.describe_device()}, ZeRO stage {run.engine.zero_optimization_stage()}"
     )
+    if recipe.trainer.warmup_samples > run.steps * share.global_batch:
+        run.console.warn(
+            f"trainer.warmup_samples {recipe.trainer.warmup_samples:,} is more than the run's"
+            f" {run.steps * share.global_batch:,} samples: the learning rate never reaches its peak"
+        )
     if resumed and resumed.step >= run.steps:
         say(f"step {resumed.step} was the last one; raise trainer.max_steps or name another --output to train more")
     elif resumed:
@@ -228,16 +247,17 @@ def train(run: Run, done: int) -> None:
         run.steps * trainer.global_batch,
     )
     meter = Meter(run.recipe, run.engine.module.vocabulary.size)
+    alarm = WaitAlarm(run.recipe.data.workers)
     run.console.start_bar(run.steps, done)
     with open_metrics(run, done) as metrics:
-        if metrics and done < run.steps:
+        if metrics:
             metrics.write("event", done, {"event": "resume" if done else "start", **circumstances(run)})
         batches = iter(run.stream)
         for step in range(done + 1, run.steps + 1):
             last = step == run.steps
             with meter.waiting():
                 micro_batches = next(batches)
-            learning_rate = schedule(step * trainer.global_batch)
+            learning_rate = schedule((step - 0.5) * trainer.global_batch)
             set_learning_rate(run.engine, learning_rate)
             means = train_step(run.engine, micro_batches, run.recipe.loss_weights)
             run.stream.advance()
@@ -245,6 +265,8 @@ def train(run: Run, done: int) -> None:
             if step % trainer.log_every == 0 or to_save:
                 figures = {**means.reduce(run.recipe.loss_weights), "lr": learning_rate, **meter.read()}
                 line = log_step(run, metrics, step, figures)
+                if late := alarm.check(figures["data_wait"]):
+                    run.console.warn(late)
             run.console.step(step, line)
             with meter.pausing():
                 if run.held_out and (step % trainer.eval_every == 0 or last):
@@ -289,6 +311,9 @@ def log_step(run: Run, metrics: MetricsWriter | None, step: int, figures: dict[s
     Raises:
         ArithmeticError: the loss or the gradient is not finite; no later checkpoint holds what it led to.
     """
+    replaced = hardware.gather(run.stream.take_replaced())
+    hardware.on_rank_zero(lambda: run.ledger.add(replaced, run.stream.next_position))
+    figures["replaced"] = run.ledger.entries
     norm = run.engine.get_global_grad_norm()
     figures["grad_norm"] = None if norm is None else float(norm)
     if metrics:
@@ -324,7 +349,7 @@ def save(run: Run, metrics: MetricsWriter | None, step: int) -> None:
     state = {
         "model": describe_model(run.recipe.objective, run.engine.module),
         "recipe": dataclasses.asdict(run.recipe),
-        "data": run.stream.state_dict(),
+        "data": run.stream.state_dict() | {"ledger": run.ledger.state_dict()},
         "world_size": dist.get_world_size(),
         "zero_stage": run.engine.zero_optimization_stage(),
     }

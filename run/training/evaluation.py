@@ -1,5 +1,6 @@
 """Held-out losses, and a picture of what the model makes of held-out pairs."""
 
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,16 +9,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, default_collate
 
-from mug.data.errors import DataError
-from mug.data.stream import MicroBatches, Pairs, worker_settings
+from mug.data.loader import load
+from mug.data.pairs import Pairs
 from mug.run.training.hardware import to_device
 from mug.run.training.losses import Means
 from mug.run.training.pictures import draw_grid
 from mug.run.training.samples import rows
 
 PICTURED = 8  # held-out pairs in the picture
+
+log = logging.getLogger("mug")
 
 
 class HeldOut:
@@ -29,35 +31,35 @@ class HeldOut:
 
     def __init__(self, pairs: Pairs, samples: int, micro_batch: int, workers: int):
         self.pairs = pairs
+        self.workers = workers
         rank, world = dist.get_rank(), dist.get_world_size()
         count = min(samples, len(pairs))
         batches = [range(i, min(i + micro_batch, count)) for i in range(0, count, micro_batch)]
         turns = range(rank, math.ceil(len(batches) / world) * world, world)
         self.real = [turn < len(batches) for turn in turns]
-        self.loader = DataLoader(
-            MicroBatches(pairs),
-            batch_size=None,
-            sampler=[batches[min(turn, len(batches) - 1)] for turn in turns],
-            **worker_settings(workers),
-        )
+        self.batches = [batches[min(turn, len(batches) - 1)] for turn in turns]
 
     @torch.no_grad()
     def evaluate(self, engine: Any, weights: Mapping[str, float]) -> dict[str, float]:
-        """Means over the held-out pairs, the same on all ranks: `loss/total`, `loss/TERM`, `accuracy/TERM`."""
-        means = Means()
+        """Means over the held-out pairs, the same on all ranks: `loss/total`, `loss/TERM`, `accuracy/TERM`.
+
+        A pair that cannot be used is replaced by another one of its shard, always the same, and said.
+        """
+        means, replaced = Means(), []
         engine.eval()
-        for batch, real in zip(self.loader, self.real, strict=True):
-            if isinstance(batch, DataError):
-                raise batch
+        for (batch, bad), real in zip(load(self.pairs, self.batches, self.workers), self.real, strict=True):
+            replaced += bad
             losses, report = engine(to_device(batch))
             counts = engine.module.counts(batch)
             means.add(losses, report, counts if real else dict.fromkeys(counts, 0))
         engine.train()
+        if replaced:
+            log.warning("%d held-out pairs were replaced; the first: %s", len(replaced), replaced[0])
         return means.reduce(weights)
 
     def draw(self, model: nn.Module, path: Path) -> None:
         """A picture of some pairs, spread over the set. `model` holds whole weights: rank 0 does this alone."""
         count = min(PICTURED, len(self.pairs))
-        batch = default_collate([self.pairs[i * len(self.pairs) // count] for i in range(count)])
+        batch, _ = self.pairs.batch([i * len(self.pairs) // count for i in range(count)])
         true = [self.pairs.tokenizer.decode(row[1:]) for row in batch["tokens"].tolist()]
         draw_grid(rows(model, self.pairs.tokenizer, batch["image"], batch["position"], true), path)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mug.run.training.errors import RunError, SaidByRankZero
+from mug.run.training.errors import SaidByRankZero, user_errors
 
 # Dense bf16 FLOP/s by the vendors' data sheets; the longest name that fits counts.
 PEAK_FLOPS = {
@@ -90,13 +90,20 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def gather(mine: list[Any]) -> list[Any]:
+    """The lists of all ranks, end to end."""
+    parts: list[list[Any]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return [item for part in parts for item in part]
+
+
 def on_rank_zero(ask: Callable[[], Any]) -> Any:
     """What `ask()` returns on rank 0, on all ranks; if it raises, all ranks end with its words."""
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             answer = [ask(), None]
-        except RunError as error:
+        except user_errors() as error:
             answer = [None, str(error)]
         except Exception as error:
             dist.broadcast_object_list([None, repr(error)], src=0)

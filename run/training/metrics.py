@@ -113,3 +113,23 @@ class Meter:
             figures["mfu"] = rate * self.mfu_of_rate
         self._restart()
         return {**figures, "memory_gb": hardware.peak_memory_gb()}
+
+
+class WaitAlarm:
+    """Notices a loader that keeps training waiting: twice in a row, for one reading may fall on its start."""
+
+    LIMIT = 0.05
+
+    def __init__(self, workers: int):
+        self.workers = workers
+        self.late = 0
+
+    def check(self, data_wait: float) -> str | None:
+        """What to say, once each time that the share `data_wait` of a step comes to stay above the limit."""
+        self.late = self.late + 1 if data_wait > self.LIMIT else 0
+        if self.late != 2:
+            return None
+        return (
+            f"the data loader keeps training waiting {data_wait:.0%} of the time: raise data.workers"
+            f" (now {self.workers}) or set data.decode to fast"
+        )

@@ -13,8 +13,8 @@ class CosineSchedule:
     warmup: int
     total: int
 
-    def __call__(self, samples: int) -> float:
-        """Learning rate of the step that ends at `samples`."""
+    def __call__(self, samples: float) -> float:
+        """Learning rate after `samples`. A step asks at its middle: at its ends, the last or the first would be 0."""
         if samples < self.warmup:
             return self.peak * samples / self.warmup
         progress = (samples - self.warmup) / max(self.total - self.warmup, 1)

@@ -1,0 +1,57 @@
+"""The bytes of a sample: from its row of the index, out of its shard."""
+
+from dataclasses import dataclass, field
+
+from mug.data.captions import MAX_JSON, MAX_TEXT
+from mug.data.columnar import Groups
+from mug.data.decode import MAX_BYTES
+from mug.data.errors import BadSample
+from mug.data.fetch import Fetch
+from mug.data.index import Index
+from mug.data.rows import IMAGE, JSON, TEXT
+
+NEAR = 16 * 2**10  # bytes between two parts of a sample that are better read than stepped over
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """Reads samples by shard and row. Cheap to pickle, for the processes that work with it."""
+
+    index: Index
+    fetch: Fetch
+    groups: Groups = field(default_factory=Groups)
+
+    def read(self, shard: int, row: int) -> tuple[bytes, bytes, bytes]:
+        """Image, text and json of a sample, empty where it has none.
+
+        Raises:
+            BadSample: the image is larger than any that is decoded.
+            DataError: the shard cannot be read, or is not the one that was indexed.
+        """
+        rows = self.index.rows(shard)
+        places = [
+            (int(rows.image_offset[row]), int(rows.image_length[row])),
+            (int(rows.text_offset[row]), int(rows.text_length[row])),
+            (int(rows.json_offset[row]), int(rows.json_length[row])),
+        ]
+        if self.index.formats[shard] in ("parquet", "arrow_batches"):
+            path = self.fetch.local(shard)
+            image, text, meta = (
+                self.groups.read(path, part, *place) if place[1] >= 0 else b""
+                for part, place in zip((IMAGE, TEXT, JSON), places, strict=True)
+            )
+        else:
+            image, text, meta = self._read_spans(shard, places)
+        return image, text, meta
+
+    def _read_spans(self, shard: int, places: list[tuple[int, int]]) -> list[bytes]:
+        """The bytes at each (offset, length): in one read where they lie side by side, as in a tar they do."""
+        if places[IMAGE][1] > MAX_BYTES:
+            raise BadSample(f"an image of {places[IMAGE][1]:,} bytes is more than {MAX_BYTES:,}")
+        places = [(o, min(n, most)) for (o, n), most in zip(places, (MAX_BYTES, MAX_TEXT, MAX_JSON + 1), strict=True)]
+        present = [(offset, offset + length) for offset, length in places if length > 0]
+        begin, end = min(b for b, _ in present), max(e for _, e in present)
+        if end - begin <= sum(e - b for b, e in present) + NEAR:
+            data = self.fetch.read(shard, begin, end - begin)
+            return [data[max(o - begin, 0) : max(o - begin, 0) + max(n, 0)] for o, n in places]
+        return [self.fetch.read(shard, offset, length) if length > 0 else b"" for offset, length in places]
