@@ -12,11 +12,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mug.data import rng, transforms
+from mug.data.captions import choose
 from mug.data.config import DataConfig
-from mug.data.errors import DataError
+from mug.data.errors import BadSample, DataError
 from mug.data.openmoji import ensure_openmoji
 from mug.data.order import Order
-from mug.data.shards import IMAGE, ShardIndex, expand
+from mug.data.shards import IMAGE, JSON, TEXT, ShardIndex, expand
 from mug.data.tokenizer import Tokenizer
 
 Batch = dict[str, torch.Tensor]
@@ -26,7 +27,7 @@ STATE_VERSION = 1
 
 @dataclass(frozen=True)
 class Augment:
-    """How training sees a sample: its order, random crop and flip."""
+    """How training sees a sample: its order, random crop, flip and caption."""
 
     order: Order
     crop_scale: tuple[float, float]
@@ -40,20 +41,24 @@ class Augment:
         flip = self.flip and rng.uniform(seed, rng.FLIP, epoch, position, 1)[0] < 0.5
         return transforms.train_view(image, size, box, flip)
 
+    def caption_draw(self, epoch: int, position: int) -> float:
+        """In [0, 1): which of its captions the pair at this position gets."""
+        return rng.uniform(self.order.seed, rng.CAPTION, epoch, position, 1)[0]
+
 
 @dataclass(frozen=True, eq=False)
 class Pairs(Dataset):
     """position → {"image": uint8 [3, S, S], "tokens": int64 [T], "position": int64 []}.
 
     With `augment`, the training view: positions run on over epochs without end. Without it, the evaluation
-    view: a position is the sample's place in the shards, the image its central square.
+    view: a position is the sample's place in the shards, the image its central square, the caption its first.
     """
 
     index: ShardIndex
     tokenizer: Tokenizer
     image_size: int
     text_length: int
-    language: str
+    languages: tuple[str, ...]
     augment: Augment | None = None
 
     def __post_init__(self):
@@ -84,12 +89,19 @@ class Pairs(Dataset):
             view = self.augment.view(image, self.image_size, epoch, position)
         else:
             view = transforms.eval_view(image, self.image_size)
-        tokens = self.tokenizer.encode(self.index.caption(row, self.language), self.text_length)
+        draw = self.augment.caption_draw(epoch, position) if self.augment else 0.0
+        tokens = self.tokenizer.encode(self._caption(row, draw), self.text_length)
         return {
             "image": torch.from_numpy(view),
             "tokens": torch.from_numpy(tokens),
             "position": torch.tensor(position, dtype=torch.int64),
         }
+
+    def _caption(self, row: int, draw: float) -> str:
+        try:
+            return choose(self.index.read(row, TEXT), self.index.read(row, JSON), self.languages, draw)
+        except BadSample as error:
+            raise BadSample(f"{self.index.name(row)}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -257,7 +269,7 @@ def _tokenizer(config: DataConfig, embedded: Path | None) -> Tokenizer:
 def open_train(config: DataConfig, seed: int, image_size: int, text_length: int, share: Share) -> TrainStream:
     """The training stream of one rank; builds the embedded pairs where no shards are given.
 
-    `seed` sets the order of the samples, the crops and the flips.
+    `seed` sets the order of the samples, the crops, the flips and the choice of captions.
 
     Raises:
         DataError: shards or tokenizer are missing or damaged.
@@ -267,7 +279,7 @@ def open_train(config: DataConfig, seed: int, image_size: int, text_length: int,
     tokenizer = _tokenizer(config, embedded)
     index = ShardIndex.scan(paths)
     augment = Augment(Order(len(index), seed), tuple(config.crop_scale), config.flip)
-    pairs = Pairs(index, tokenizer, image_size, text_length, config.language, augment)
+    pairs = Pairs(index, tokenizer, image_size, text_length, config.languages(), augment)
     return TrainStream(pairs, share, config.workers)
 
 
@@ -282,4 +294,4 @@ def open_held_out(config: DataConfig, image_size: int, text_length: int) -> Pair
     embedded = ensure_openmoji(config.cache_folder()) if config.shards is None else None
     paths = expand(config.held_out) if config.held_out is not None else sorted(embedded.glob("held_out-*.tar"))
     tokenizer = _tokenizer(config, embedded)
-    return Pairs(ShardIndex.scan(paths), tokenizer, image_size, text_length, config.language)
+    return Pairs(ShardIndex.scan(paths), tokenizer, image_size, text_length, config.languages())
