@@ -13,8 +13,8 @@ from mug.data import rng
 from mug.data.captions import MAX_CHARACTERS, MAX_JSON, captions, choose, clean
 from mug.data.config import DataConfig
 from mug.data.errors import BadSample, DataError
-from mug.data.openmoji import write_tar
 from mug.data.stream import Share, open_held_out, open_train
+from mug.data.writers import write_tar
 
 META = {"caption": "a cat", "captions": {"en": ["a cat", "kitten"], "de": "Katze", "fr": ["chat", " ", "chat"]}}
 

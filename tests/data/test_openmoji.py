@@ -138,11 +138,6 @@ def test_a_killed_build_is_built_anew_to_the_same_bytes(folder, tmp_path):
         assert (rebuilt / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_training_the_tokenizer_twice_gives_the_same_bytes():
-    captions = [f"{a} {b}{i}" for i, a in enumerate(["cat", "dog", "zebra"] * 20) for b in ("grin", "grinning")]
-    assert openmoji.train_tokenizer(captions).to_str() == openmoji.train_tokenizer(captions).to_str()
-
-
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     done = start_build(tmp_path / "file" / "cache")

@@ -2,8 +2,8 @@ import pytest
 import webdataset
 
 from mug.data.errors import DataError
-from mug.data.openmoji import write_tar
 from mug.data.shards import IMAGE, TEXT, ShardIndex, expand
+from mug.data.writers import write_tar
 
 
 def names(patterns: str) -> list[str]:

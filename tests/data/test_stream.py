@@ -16,9 +16,9 @@ from PIL import Image
 from mug.data import transforms
 from mug.data.config import DataConfig
 from mug.data.errors import DataError
-from mug.data.openmoji import write_tar
 from mug.data.shards import IMAGE
 from mug.data.stream import Share, TrainStream, open_held_out, open_train
+from mug.data.writers import write_tar
 
 COUNTS = [12, 9, 16]  # samples per shard: 37, which no batch divides
 GLOBAL_BATCH = 8
