@@ -129,7 +129,7 @@ def _checked(samples: Iterable[Sample], keys: set[str]) -> Iterator[Sample]:
     """The samples, once it is sure that their keys can be read back; adds them to `keys`."""
     for sample in samples:
         folder, _, name = sample.key.rpartition("/")
-        if not name or "." in name or "\0" in sample.key or folder.startswith("/") or ".." in folder.split("/"):
+        if not name or "." in name or "\0" in sample.key or sample.key.startswith("/") or ".." in folder.split("/"):
             raise DataError(f"key '{sample.key}' cannot be a file's name in a tar: give one without a dot")
         if sample.key in keys:
             raise DataError(f"key '{sample.key}' comes twice: give each sample its own")

@@ -15,6 +15,7 @@ from mug.data.config import DataConfig
 from mug.data.errors import BadSample
 from mug.data.shards import JSON, TEXT, ShardIndex, expand
 from mug.data.tokenizer_training import train_tokenizer
+from mug.data.writers import replacing
 from mug.run.training.command_line import Parser
 from mug.run.training.console import Console, run_command
 from mug.run.training.errors import RunError
@@ -27,14 +28,13 @@ def main(console: Console) -> None:
     out = Path(options.out)
     if out.exists():
         raise RunError(f"--out {out} exists, and runs may use it: name another file, or remove it first")
-    if not out.parent.is_dir():
-        raise RunError(f"--out {out}: there is no folder {out.parent}; make it first")
+    if not os.access(out.parent, os.W_OK):
+        raise RunError(f"--out {out}: the folder {out.parent} is missing or cannot be written")
     languages = DataConfig(language=options.language).languages()
     read = read_captions(",".join(options.shards), options.samples, languages, console)
     tokenizer = train_tokenizer(read, options.vocabulary)
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    tokenizer.save(str(partial))
-    partial.replace(out)
+    with replacing(out) as file:
+        file.write(tokenizer.to_str(pretty=True).encode())
     console.say(f"{out}: {tokenizer.get_vocab_size()} tokens")
 
 
