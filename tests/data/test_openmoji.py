@@ -17,7 +17,7 @@ from PIL import Image
 
 from mug.data import openmoji
 from mug.data.config import DataConfig
-from mug.data.shards import ShardIndex
+from mug.data.shards import TEXT, ShardIndex
 from mug.data.stream import Share, open_held_out, open_train
 from mug.data.tokenizer import Tokenizer
 
@@ -92,7 +92,7 @@ def test_our_index_reads_the_same(folder):
         index = ShardIndex.scan(sorted(folder.glob(f"{split}-*.tar")))
         for row, sample in enumerate(samples(folder, split)):
             assert index.keys[row].decode() == sample["__key__"]
-            assert index.read(row, 0) == sample["png"] and index.caption(row, "en") == sample["txt"]
+            assert index.read(row, 0) == sample["png"] and index.read(row, TEXT) == sample["txt"]
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_the_tokenizer_knows_the_captions(folder):
     unknown = tokenizer.backend.token_to_id("[UNK]")
     lengths = []
     for sample in samples(folder, "train"):
-        tokens = tokenizer.encode(sample["txt"], 64)
+        tokens = tokenizer.encode(sample["txt"].decode(), 64)
         assert unknown not in tokens and tokens[-1] == tokenizer.pad
         lengths.append((tokens != tokenizer.pad).sum())
     assert np.mean(lengths) < 10
@@ -136,11 +136,6 @@ def test_a_killed_build_is_built_anew_to_the_same_bytes(folder, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [folder.name, "openmoji.lock"]
     for path in folder.iterdir():
         assert (rebuilt / path.name).read_bytes() == path.read_bytes(), path.name
-
-
-def test_training_the_tokenizer_twice_gives_the_same_bytes():
-    captions = [f"{a} {b}{i}" for i, a in enumerate(["cat", "dog", "zebra"] * 20) for b in ("grin", "grinning")]
-    assert openmoji.train_tokenizer(captions).to_str() == openmoji.train_tokenizer(captions).to_str()
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):

@@ -1,11 +1,9 @@
-import json
-
 import pytest
 import webdataset
 
 from mug.data.errors import DataError
-from mug.data.openmoji import write_tar
 from mug.data.shards import IMAGE, TEXT, ShardIndex, expand
+from mug.data.writers import write_tar
 
 
 def names(patterns: str) -> list[str]:
@@ -56,7 +54,7 @@ def test_reads_what_webdataset_reads(tmp_path, make_shards):
     for row, sample in enumerate(oracle):
         assert index.keys[row].decode() == sample["__key__"]
         assert index.read(row, IMAGE) == sample["png"]
-        assert index.caption(row, "en") == sample["txt"]
+        assert index.read(row, TEXT) == sample["txt"]
 
 
 def test_names_with_folders_dots_and_great_length(tmp_path):
@@ -76,21 +74,8 @@ def test_a_pair_may_lack_its_caption_but_not_its_image(tmp_path, caplog):
     write_tar(tmp_path / "a.tar", [("1.png", b"image"), ("2.txt", b"text"), ("3.png", b"image"), ("3.txt", b"")])
     index = ShardIndex.scan([tmp_path / "a.tar"])
     assert index.keys.tolist() == [b"1", b"3"]
-    assert [index.caption(row, "en") for row in range(2)] == [b"", b""]
+    assert [index.read(row, TEXT) for row in range(2)] == [b"", b""]
     assert "left out 1 keys" in caplog.text
-
-
-def test_captions_in_another_language(tmp_path):
-    meta = json.dumps({"captions": {"de": "Katze"}}).encode()
-    members = [("1.png", b"i"), ("1.txt", b"cat"), ("1.json", meta), ("2.png", b"i"), ("2.txt", b"dog")]
-    members += [("3.png", b"i"), ("3.txt", b"cow"), ("3.json", b"{"), ("4.png", b"i"), ("4.json", b'{"captions": 1}')]
-    write_tar(tmp_path / "a.tar", members)
-    index = ShardIndex.scan([tmp_path / "a.tar"])
-    assert [index.caption(0, language) for language in ("en", "de", "fr")] == [b"cat", "Katze", b"cat"]
-    assert index.caption(1, "de") == b"dog"
-    with pytest.raises(DataError, match=r"a\.tar', key '3': its json is damaged"):
-        index.caption(2, "de")
-    assert index.caption(3, "de") == b""
 
 
 @pytest.mark.parametrize("damage", ["member boundary", "inside a member", "not a tar", "empty"])

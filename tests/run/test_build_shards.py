@@ -1,0 +1,201 @@
+"""run/build_shards.py as users start it; the shards read back by webdataset and pyarrow."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import webdataset
+from PIL import Image
+
+from mug.data.shards import ShardIndex
+
+ROOT = Path(__file__).parents[2]
+
+
+def build(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "run/build_shards.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def read(folder: Path, split: str = "train") -> dict[str, dict]:
+    """key → the files of a sample."""
+    paths = [str(path) for path in sorted(folder.glob(f"{split}-*.tar"))]
+    return {sample["__key__"]: sample for sample in webdataset.WebDataset(paths, shardshuffle=False)} if paths else {}
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """A folder as people have them."""
+    folder = tmp_path / "photos"
+    for label in ("cats/black", "dogs"):
+        (folder / label).mkdir(parents=True)
+    (folder / "a.v2.png").write_bytes(encoded(Image.new("RGB", (40, 30), "red")))
+    (folder / "a.v2.txt").write_bytes(b"caf\xc3\xa9 \xff\0")
+    (folder / "cats/black/1.JPG").write_bytes(encoded(Image.new("RGB", (200, 100), "blue"), "JPEG"))
+    (folder / "cats/black/1.json").write_text('{"captions": {"de": "Katze"}, "caption": "a cat", "width": 9}')
+    (folder / "dogs/2.webp").write_bytes(encoded(Image.new("RGB", (20, 20)), "WEBP"))
+    (folder / "dogs/2.json").write_text('{"label": "poodle", "x": [')
+    (folder / "dogs/3.png").write_bytes(b"<html>")
+    (folder / "dogs/notes.txt").write_text("no image")
+    return folder
+
+
+def test_a_folder(photos, tmp_path):
+    done = build("folder", photos, "--out", tmp_path / "out", "--held_out", "0")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "3 pairs, 2 with a caption; 1 left out, the first 'dogs/3': not PNG, JPEG or WebP"
+    assert any("2.webp: its json holds no object" in line for line in lines)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"train-00000.tar", "train-00000_stats.json"}
+    pairs = read(tmp_path / "out")
+    assert list(pairs) == ["a_v2", "cats/black/1", "dogs/2"]
+    assert pairs["a_v2"]["png"] == (photos / "a.v2.png").read_bytes()
+    assert pairs["a_v2"]["txt"].decode() == "café \ufffd"
+    metas = {key: json.loads(pair["json"]) for key, pair in pairs.items()}
+    assert metas["a_v2"] == {"key": "a_v2", "caption": "café \ufffd", "width": 40, "height": 30}
+    assert pairs["cats/black/1"]["jpg"] == (photos / "cats/black/1.JPG").read_bytes()
+    assert pairs["cats/black/1"]["txt"] == b"a cat"
+    cat = metas["cats/black/1"]
+    assert (cat["label"], cat["captions"], cat["width"]) == ("cats/black", {"de": "Katze"}, 200)
+    assert metas["dogs/2"]["label"] == "dogs" and "txt" not in pairs["dogs/2"]
+
+
+def test_large_images_shrink_as_jpeg(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    turned = Image.new("RGB", (200, 100), "blue")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    (folder / "turned.jpg").write_bytes(encoded(turned, "JPEG", exif=exif))
+    (folder / "clear.png").write_bytes(encoded(Image.new("RGBA", (300, 90), (0, 0, 0, 0))))
+    (folder / "grey16.png").write_bytes(encoded(Image.fromarray(np.full((90, 90), 128 << 8, np.uint16))))
+    (folder / "small.png").write_bytes(encoded(Image.new("RGB", (64, 10))))
+    done = build("folder", folder, "--out", tmp_path / "out", "--held_out", "0", "--image_size", "64")
+    assert done.returncode == 0, done.stderr
+    pairs = read(tmp_path / "out")
+    assert pairs["small"]["png"] == (folder / "small.png").read_bytes()
+    images = {key: Image.open(io.BytesIO(pair["jpg"])) for key, pair in pairs.items() if "jpg" in pair}
+    assert {key: image.size for key, image in images.items()} == {
+        "clear": (64, 19), "grey16": (64, 64), "turned": (32, 64)
+    }  # fmt: skip
+    assert images["clear"].getpixel((5, 5)) == (255, 255, 255)
+    assert images["grey16"].convert("RGB").getpixel((5, 5)) == pytest.approx((128, 128, 128), abs=2)
+    assert all(json.loads(pairs[key]["json"])["height"] == image.height for key, image in images.items())
+
+
+def test_the_split_and_the_formats(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(40):
+        noise = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        (tmp_path / f"in/{i:02d}.png").write_bytes(encoded(Image.fromarray(noise)))
+        (tmp_path / f"in/{i:02d}.txt").write_text(f"picture {i}")
+    share = ("--held_out", "0.3", "--samples_per_shard", "20")
+    for format in ("tar", "arrow", "parquet"):
+        done = build("folder", tmp_path / "in", "--out", tmp_path / format, "--format", format, *share)
+        assert done.returncode == 0, done.stderr
+    train, held_out = read(tmp_path / "tar"), read(tmp_path / "tar", "held_out")
+    assert sorted([*train, *held_out]) == [f"{i:02d}" for i in range(40)] and 4 < len(held_out) < 20
+    for split, samples in (("train", train), ("held_out", held_out)):
+        arrow = [pyarrow.ipc.open_file(p).read_all() for p in sorted((tmp_path / "arrow").glob(f"{split}-*.arrow"))]
+        parquet = [pyarrow.parquet.read_table(p) for p in sorted((tmp_path / "parquet").glob(f"{split}-*.parquet"))]
+        for tables in (arrow, parquet):
+            rows = pyarrow.concat_tables(tables).to_pylist()
+            assert [(row["key"], row["image"], row["caption"].encode(), row["json"].encode()) for row in rows] == [
+                (key, sample["png"], sample["txt"], sample["json"]) for key, sample in samples.items()
+            ]
+
+
+def parquet_of(path: Path, **columns) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_parquet_of_bytes(tmp_path):
+    images = [encoded(Image.new("RGB", (8 + i, 8))) for i in range(4)]
+    (tmp_path / "in").mkdir()
+    parquet_of(
+        tmp_path / "in/0.parquet",
+        jpg=[images[0], None],  # img2dataset writes a row for a download that failed
+        caption=["first", "gone"],
+        key=["0.0", "01"],
+        width=[1, 2],
+        similarity=[0.5, float("nan")],
+    )
+    datasets = [{"bytes": image, "path": None} for image in images[2:]]  # as Hugging Face datasets write them
+    parquet_of(tmp_path / "in/1.parquet", image=datasets, text=["third", None], label=[7, 8], json=['{"a": [1]}', "["])
+    done = build("parquet", tmp_path / "in", "--out", tmp_path / "out", "--held_out", "0")
+    assert done.returncode == 0, done.stderr
+    assert "3 pairs, 2 with a caption; 1 left out, the first '01'" in done.stdout
+    pairs = read(tmp_path / "out")
+    assert [(key, pair["png"], pair.get("txt")) for key, pair in pairs.items()] == [
+        ("0_0", images[0], b"first"), ("000000002", images[2], b"third"), ("000000003", images[3], None)
+    ]  # fmt: skip
+    metas = [json.loads(pair["json"]) for pair in pairs.values()]
+    assert metas[0] == {"key": "0_0", "caption": "first", "similarity": 0.5, "width": 8, "height": 8}
+    assert metas[1]["a"] == [1] and metas[1]["label"] == 7
+
+
+def test_clip_art(tmp_path):
+    for name, colour in (("animals/frog", "green"), ("shapes/star", "yellow")):
+        for kind in ("png", "svg"):
+            (tmp_path / kind / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), colour).save(tmp_path / f"png/{name}.png")
+        (tmp_path / f"svg/{name}.svg").write_text("<svg/>")
+    done = build("openclipart", tmp_path, "--out", tmp_path / "out", "--held_out", "0")
+    assert done.returncode == 0, done.stderr
+    index = ShardIndex.scan([tmp_path / "out/train-00000.tar"])
+    assert index.keys.tolist() == [b"animals/frog", b"shapes/star"]
+
+
+MISTAKES = {
+    "no source": (["folder"], "folder needs a source"),
+    "missing folder": (["folder", "{tmp}/nowhere"], "nowhere' is no folder"),
+    "empty folder": (["folder", "{tmp}/empty"], "no images"),
+    "missing parquet": (["parquet", "{tmp}/nowhere.parquet"], "nowhere.parquet' is no Parquet file"),
+    "damaged parquet": (["parquet", "{tmp}/bad.parquet"], "bad.parquet' cannot be read"),
+    "no images": (["parquet", "{tmp}/text.parquet"], "no column of images: name it one of jpg"),
+    "no packages": (["openclipart", "{tmp}"], "apt install openclipart-png openclipart-svg"),
+    "unknown kind": (["zip", "x"], "kind"),
+    "share": (["folder", "x", "--held_out", "1"], "--held_out"),
+    "size": (["folder", "x", "--image_size", "0"], "--image_size"),
+    "unknown flag": (["folder", "x", "--heldout", "1"], "heldout"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line(tmp_path, case):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
+    parquet_of(tmp_path / "text.parquet", text=["a"])
+    arguments, names = MISTAKES[case]
+    done = build(*(argument.format(tmp=tmp_path) for argument in arguments), "--out", tmp_path / "out")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and names in done.stderr
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_shards_of_another_build_are_not_mixed_in(photos, tmp_path):
+    (tmp_path / "train-00007.tar").write_text("")
+    done = build("folder", photos, "--out", tmp_path)
+    assert done.returncode == 2 and "not empty" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_one_name_twice_is_named(tmp_path):
+    for name in ("a.png", "a.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    done = build("folder", tmp_path, "--out", tmp_path / "out", "--held_out", "0")
+    assert done.returncode == 2 and "key 'a' comes twice" in done.stderr
+    assert not list((tmp_path / "out").iterdir())

@@ -1,0 +1,82 @@
+"""run/train_tokenizer.py as users start it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mug.data.tokenizer import Tokenizer
+from mug.data.tokenizer_training import train_tokenizer
+from mug.data.writers import Sample, write_shards
+
+ROOT = Path(__file__).parents[2]
+COUNT = 50
+
+
+def train(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "run/train_tokenizer.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def caption(i: int, language: str = "en") -> str:
+    return f"{'number' if language == 'en' else 'nummer'} {i:03d}"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """COUNT pairs in shards of 20; those from 30 on have a German caption, too."""
+    folder = tmp_path_factory.mktemp("shards")
+    metas = [{"captions": {"de": [caption(i, "de")]}} if i >= 30 else {} for i in range(COUNT)]
+    samples = (Sample(f"{i:03d}", b"image", "png", caption(i), meta) for i, meta in enumerate(metas))
+    list(write_shards(samples, folder, "", "tar", 20))
+    return folder
+
+
+def oracle(captions) -> dict:
+    return json.loads(train_tokenizer(captions, 600).to_str())
+
+
+def test_all_captions(shards, tmp_path):
+    out = tmp_path / "tokenizer.json"
+    done = train(f"{shards}/{{00000..00001}}.tar", f"{shards}/00002.tar", "--out", out, "--vocabulary", "600")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(out.read_text()) == oracle(caption(i) for i in range(COUNT))
+    assert "50 of 50 pairs" in done.stdout and done.stdout.splitlines()[-1].startswith(f"{out}: ")
+    assert Tokenizer.load(out).decode(Tokenizer.load(out).encode(caption(7), 12)) == caption(7)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_spread_sample_in_two_languages(shards, tmp_path):
+    out = tmp_path / "tokenizer.json"
+    options = ("--vocabulary", "600", "--samples", "5", "--language", "en,de")
+    done = train(f"{shards}/*.tar", "--out", out, *options)
+    assert done.returncode == 0, done.stderr
+    read = [caption(i) for i in (0, 10, 20, 30, 40)] + [caption(i, "de") for i in (30, 40)]
+    assert json.loads(out.read_text()) == oracle(read)
+
+
+MISTAKES = {
+    "missing shards": (["{tmp}/nowhere.tar"], "nowhere.tar"),
+    "small vocabulary": (["{shards}/00000.tar", "--vocabulary", "10"], "vocabulary of 10 is too small"),
+    "no captions": (["{tmp}/empty.tar"], "no word"),
+    "no samples": (["{shards}/00000.tar", "--samples", "0"], "--samples"),
+    "no language": (["{shards}/00000.tar", "--language", ","], "language"),
+    "no shards": ([], "shards"),
+    "no folder": (["{shards}/00000.tar", "--out", "{tmp}/no/t.json"], "no is missing"),
+    "there already": (["{shards}/00000.tar", "--out", "{tmp}/empty.tar"], "empty.tar exists"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line(shards, tmp_path, case):
+    list(write_shards([Sample("k", b"image", "png", "", {})], tmp_path, "", "tar", 1))
+    (tmp_path / "00000.tar").rename(tmp_path / "empty.tar")
+    arguments, names = MISTAKES[case]
+    arguments = [argument.format(tmp=tmp_path, shards=shards) for argument in arguments]
+    done = train("--out", tmp_path / "tokenizer.json", *arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and names in done.stderr
+    assert not (tmp_path / "tokenizer.json").exists()
