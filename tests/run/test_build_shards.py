@@ -131,7 +131,8 @@ def test_parquet_of_bytes(tmp_path):
         caption=["first", "gone"],
         key=["0.0", "01"],
         width=[1, 2],
-        similarity=[0.5, float("nan")],
+        similarity=[0.5, 0.7],
+        label=[float("nan"), 1.0],  # as pandas writes a missing one
     )
     datasets = [{"bytes": image, "path": None} for image in images[2:]]  # as Hugging Face datasets write them
     parquet_of(tmp_path / "in/1.parquet", image=datasets, text=["third", None], label=[7, 8], json=['{"a": [1]}', "["])
