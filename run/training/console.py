@@ -30,6 +30,7 @@ class Console:
         self.early = tempfile.TemporaryFile()  # noqa: SIM115
         self.log: Path | None = None
         self.bar: Progress | None = None
+        self.unit = "step"
         self._redirect(self.early.fileno())
         lines = logging.getLogger("mug")  # what the layers below have to say
         lines.setLevel(logging.INFO)
@@ -70,11 +71,12 @@ class Console:
     def fail(self, line: str) -> None:
         print(line, file=self.errors)
 
-    def start_bar(self, total: int, done: int) -> None:
+    def start_bar(self, total: int, done: int, unit: str = "step") -> None:
         """A progress bar where the terminal can show one; plain lines (`step`) do elsewhere."""
+        self.unit = unit
         if self.rank == 0 and self.terminal.isatty():
             columns = (
-                TextColumn("step"),
+                TextColumn(unit),
                 MofNCompleteColumn(),
                 BarColumn(),
                 TextColumn("{task.description}"),
@@ -89,7 +91,7 @@ class Console:
         if self.bar:
             self.bar.update(self.bar.task_ids[0], completed=step, **({"description": text} if text else {}))
         elif text:
-            self.say(f"step {step}  {text}")
+            self.say(f"{self.unit} {step}  {text}")
 
     def close(self) -> None:
         if self.bar:
