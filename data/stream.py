@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mug.data import rng, transforms
+from mug.data import rng
 from mug.data.config import DataConfig
-from mug.data.errors import DataError
+from mug.data.crops import CROP_DRAWS, CentralSquare, RandomCrop
+from mug.data.decode import decode_crop
+from mug.data.errors import BadSample, DataError
 from mug.data.openmoji import ensure_openmoji
 from mug.data.order import Order
 from mug.data.shards import IMAGE, ShardIndex, expand
@@ -32,13 +33,12 @@ class Augment:
     crop_scale: tuple[float, float]
     flip: bool
 
-    def view(self, image, size: int, epoch: int, position: int) -> np.ndarray:
-        """The random crop of an RGB image at this position, uint8 [3, size, size]."""
+    def crop(self, epoch: int, position: int) -> RandomCrop:
+        """The random crop of the image at this position."""
         seed = self.order.seed
-        draws = rng.uniform(seed, rng.CROP, epoch, position, transforms.CROP_DRAWS)
-        box = transforms.random_box(*image.size, self.crop_scale, draws)
+        draws = rng.uniform(seed, rng.CROP, epoch, position, CROP_DRAWS)
         flip = self.flip and rng.uniform(seed, rng.FLIP, epoch, position, 1)[0] < 0.5
-        return transforms.train_view(image, size, box, flip)
+        return RandomCrop(self.crop_scale, draws, flip)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,15 +75,11 @@ class Pairs(Dataset):
         if position < 0 or (self.augment is None and position >= len(self)):
             raise IndexError(position)
         epoch, row = self.augment.order.locate(position) if self.augment else (0, position)
-        data = self.index.read(row, IMAGE)
+        crop = self.augment.crop(epoch, position) if self.augment else CentralSquare()
         try:
-            image = transforms.decode(data)
-        except DataError as error:
-            raise DataError(f"{self.index.name(row)}: the image cannot be decoded: {error}") from error
-        if self.augment:
-            view = self.augment.view(image, self.image_size, epoch, position)
-        else:
-            view = transforms.eval_view(image, self.image_size)
+            view = decode_crop(self.index.read(row, IMAGE), self.image_size, crop)
+        except BadSample as error:
+            raise BadSample(f"{self.index.name(row)}: the image cannot be decoded: {error}") from error
         tokens = self.tokenizer.encode(self.index.caption(row, self.language), self.text_length)
         return {
             "image": torch.from_numpy(view),

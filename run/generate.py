@@ -15,8 +15,9 @@ import torch
 from jsonargparse import Namespace
 from PIL import Image
 
-from mug.data import transforms
 from mug.data.config import DataConfig
+from mug.data.crops import CentralSquare
+from mug.data.decode import decode_crop
 from mug.data.errors import DataError
 from mug.data.openmoji import ensure_openmoji
 from mug.data.shards import IMAGE, ShardIndex
@@ -86,7 +87,7 @@ def read_inputs(options: Namespace, size: int) -> tuple[list[np.ndarray], list[s
             raise RunError(f"{path}: no such file; name images or tar shards")
         for data, caption in read_shard(path, options.limit) if path.suffix == ".tar" else [(path.read_bytes(), "")]:
             try:
-                images.append(transforms.eval_view(transforms.decode(data), size))
+                images.append(decode_crop(data, size, CentralSquare()))
             except DataError as error:
                 raise DataError(f"{path}: {error}") from error
             true.append(caption)
