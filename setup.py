@@ -2,7 +2,7 @@
 
 from setuptools import setup
 
-FOLDERS = ["model", "data", "kernels", "run", "run/training"]
+FOLDERS = ["model", "data", "kernels", "run", "run/benchmarks", "run/training"]
 
 setup(
     name="mug",
@@ -26,6 +26,7 @@ setup(
         "resvg-py>=0.5",
         "rich",
         "safetensors",
+        "simplejpeg>=1.9",
         "tensorboard",
         "timm>=1.0.9",
         "tokenizers",

@@ -25,9 +25,10 @@ import pyarrow as pa
 from mug.data.columnar import scan_columnar
 from mug.data.errors import DataError
 from mug.data.index import MANIFEST, VERSION, Index, rows_name
+from mug.data.remote import shown
 from mug.data.rows import Scan, digest
 from mug.data.samples import LOCAL_WINDOW, REMOTE_WINDOW, scan_tar
-from mug.data.sources import Source, Stamp, expand, file_name, read_beside, shown, stamp
+from mug.data.sources import Source, Stamp, expand, file_name, read_beside, stamp
 from mug.data.tar import BLOCK
 
 LOCK = "index.lock"

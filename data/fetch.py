@@ -12,47 +12,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from fsspec.spec import AbstractBufferedFile
 
 from mug.data.cache import Descriptor, DiskCache, NoRoom
+from mug.data.config import FetchConfig
 from mug.data.errors import DataError
 from mug.data.remote import GRACE_SECONDS, Patience, Shard, Stores, is_remote
 
 PIECE = 16 * 2**20  # bytes of one request for a whole shard
 OPEN_LOCAL, OPEN_REMOTE = 512, 64  # files kept open
 POLL_SECONDS = 0.2  # between two looks at what another process does
-
-
-@dataclass
-class FetchConfig:
-    """How shards in a store (s3://, gs://, hf://, https://) are read. Local shards need none of it.
-
-    Args:
-        remote: 'cache' fetches whole shards to this machine's disk, where all processes share them; 'ranged' reads
-            each sample from the store when it is needed and puts nothing on the disk.
-        cache_gb: Disk space for the cache, in 10^9 bytes. It should hold the shards that all ranks and workers of a
-            machine read at one time and those they fetch ahead; the longest unused go first.
-        ahead: Shards that each worker fetches ahead of the one it reads, all at once.
-        retry_seconds: How long one shard may go without any progress before the run stops.
-    """
-
-    remote: str = "cache"
-    cache_gb: float = 100.0
-    ahead: int = 4
-    retry_seconds: float = 300.0
-
-    def __post_init__(self):
-        if self.remote not in ("cache", "ranged"):
-            raise DataError(f"data.remote is '{self.remote}': give cache or ranged")
-        if not self.cache_gb > 0:
-            raise DataError(f"data.cache_gb is {self.cache_gb}: give more than 0")
-        if self.ahead < 0:
-            raise DataError(f"data.ahead is {self.ahead}: give 0 or more")
-        if not self.retry_seconds >= 0:
-            raise DataError(f"data.retry_seconds is {self.retry_seconds}: give 0 or more")
 
 
 class Fetch:

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from mug.data.errors import DataError
+from mug.data.remote import shown
 from mug.data.rows import PLACES
-from mug.data.sources import shown
 
 VERSION = "1"  # of the files' layout and of what their columns mean
 MANIFEST = "manifest.arrow"
@@ -119,9 +119,13 @@ class Index:
         except (OSError, pa.ArrowException, KeyError, TypeError) as error:
             raise DataError(f"index '{path}' cannot be read ({error}): write the index anew") from error
 
+    def key(self, shard: int, row: int) -> str:
+        """A sample's key."""
+        return self.rows(shard).keys[row].as_py()
+
     def name(self, shard: int, row: int) -> str:
         """What to call a sample in a message: its shard and key."""
-        return f"shard '{shown(self.urls[shard])}', key '{self.rows(shard).keys[row].as_py()}'"
+        return f"shard '{shown(self.urls[shard])}', key '{self.key(shard, row)}'"
 
 
 assert {*ShardRows.__dataclass_fields__} >= {*PLACES}

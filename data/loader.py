@@ -37,7 +37,7 @@ def load(pairs: Pairs, batches: Iterable[Sequence[int]], workers: int) -> Iterat
         _Batches(pairs),
         batch_size=None,  # the sampler names whole batches
         sampler=batches,
-        **_worker_settings(workers),
+        **worker_settings(workers),
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or it would draw from, and move, the global one
     )
@@ -47,7 +47,7 @@ def load(pairs: Pairs, batches: Iterable[Sequence[int]], workers: int) -> Iterat
         yield loaded
 
 
-def _worker_settings(workers: int) -> dict:
+def worker_settings(workers: int) -> dict:
     """What a DataLoader needs to run `workers` processes beside a training process.
 
     That one runs CUDA, NCCL and OpenMP threads, and a plain fork may copy their locks as held: hence the fork

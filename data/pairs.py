@@ -16,6 +16,7 @@ from mug.data.errors import BadSample, DataError
 from mug.data.ledger import Replaced
 from mug.data.order import Order
 from mug.data.reader import Reader
+from mug.data.remote import shown
 from mug.data.tokenizer import Tokenizer
 
 Batch = dict[str, Tensor]
@@ -131,9 +132,10 @@ class Pairs:
             try:
                 return *self._sample(position, epoch, shard, candidate), bad
             except BadSample as error:
-                bad.append(Replaced(position, index.urls[shard], index.key(shard, candidate), str(error), count))
+                key = index.key(shard, candidate)
+                bad.append(Replaced(position, shown(index.urls[shard]), key, str(error), count))
         raise DataError(
-            f"shard '{index.urls[shard]}': {len(bad)} samples in a row cannot be used, the last '{bad[-1].key}':"
+            f"shard '{bad[-1].shard}': {len(bad)} samples in a row cannot be used, the last '{bad[-1].key}':"
             f" {bad[-1].reason}; write it anew or leave it out"
         )
 

@@ -15,8 +15,8 @@ import pyarrow.parquet
 from PIL import Image, ImageOps
 
 from mug.data.captions import clean
+from mug.data.decode import MAX_PIXELS
 from mug.data.errors import BadSample, DataError
-from mug.data.transforms import MAX_PIXELS
 from mug.data.writers import Sample, key_of
 
 EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}  # MPO: a JPEG with further pictures in it

@@ -1,9 +1,12 @@
 """The bytes of a sample: from its row of the index, out of its shard."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from mug.data.build import index_for
 from mug.data.captions import MAX_JSON, MAX_TEXT
 from mug.data.columnar import Groups
+from mug.data.config import DataConfig
 from mug.data.decode import MAX_BYTES
 from mug.data.errors import BadSample
 from mug.data.fetch import Fetch
@@ -20,6 +23,24 @@ class Reader:
     index: Index
     fetch: Fetch
     groups: Groups = field(default_factory=Groups)
+
+    @staticmethod
+    def open(patterns: str, config: DataConfig) -> "Reader":
+        """The shards that `patterns` name (see `DataConfig.shards`), indexed if they are not yet.
+
+        Raises:
+            DataError: a shard is missing or cannot be used.
+        """
+        index = index_for(patterns, config.cache_folder())
+        return Reader(index, Fetch(index.urls, index.sizes, index.etags, config.cache_folder() / "shards", config))
+
+    def spread(self, most: int) -> Iterator[tuple[int, int]]:
+        """Shard and row of at most `most` samples, spread evenly over all."""
+        total, starts_S1 = len(self.index), self.index.starts_S1
+        for i in range(min(most, total)):
+            number = i * total // min(most, total)
+            shard = int(starts_S1.searchsorted(number, side="right")) - 1
+            yield shard, number - int(starts_S1[shard])
 
     def read(self, shard: int, row: int) -> tuple[bytes, bytes, bytes]:
         """Image, text and json of a sample, empty where it has none.

@@ -13,21 +13,10 @@ from urllib.parse import urlsplit
 import fsspec
 
 from mug.data.errors import DataError
+from mug.data.remote import etag_of, is_remote, reason, shown
 
 SCHEMES = ("s3", "gs", "az", "hf", "https", "http", "memory")
 Result = TypeVar("Result")
-
-
-def is_remote(url: str) -> bool:
-    return "://" in url
-
-
-def shown(url: str) -> str:
-    """The URL as a message may show it: without a query or password, which can be a secret."""
-    if not is_remote(url):
-        return url
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def file_name(url: str) -> str:
@@ -86,8 +75,7 @@ def _remote(url: str, action: Callable[[fsspec.AbstractFileSystem, str], Result]
     except FileNotFoundError as error:
         raise DataError(f"missing shards: '{shown(url)}' does not exist: correct the URL") from error
     except Exception as error:  # every store has its own kinds of failure
-        reason = re.sub(r"\?\S*|(?<=//)[^/@\s]*@", "", f"{type(error).__name__} {error}".splitlines()[0])
-        raise DataError(f"shard '{shown(url)}': cannot be read ({reason}): try again") from error
+        raise DataError(f"shard '{shown(url)}': cannot be read ({reason(error)}): try again") from error
 
 
 @dataclass(frozen=True)
@@ -111,8 +99,7 @@ def stamp(url: str) -> Stamp:
     """
     if is_remote(url):
         info = _remote(url, lambda fs, path: fs.info(path))
-        etag = next((str(info[name]) for name in ("ETag", "etag", "blob_id") if info.get(name)), "")
-        return Stamp(-1 if info.get("size") is None else info["size"], etag, 0)
+        return Stamp(-1 if info.get("size") is None else info["size"], etag_of(info), 0)
     try:
         found = os.stat(url)
     except OSError as error:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from mug.data.config import DataConfig
 from mug.data.errors import DataError
-from mug.data.index import index_for
 from mug.data.ledger import Replaced
 from mug.data.loader import load
 from mug.data.openmoji import ensure_openmoji
@@ -144,7 +143,7 @@ def open_train(config: DataConfig, seed: int, image_size: int, text_length: int,
         DataError: shards or tokenizer are missing or damaged.
     """
     embedded = ensure_openmoji(config.cache_folder()) if config.shards is None else None
-    reader = _open_reader(config, config.shards if embedded is None else f"{embedded}/train-*.tar")
+    reader = Reader.open(config.shards if embedded is None else f"{embedded}/train-*.tar", config)
     view = TrainView(Order(reader.index.counts_S, seed), tuple(config.crop_scale), config.flip)
     return TrainStream(_pairs(config, reader, embedded, image_size, text_length, view), share, config.workers)
 
@@ -158,12 +157,8 @@ def open_held_out(config: DataConfig, image_size: int, text_length: int) -> Pair
     if config.shards is not None and config.held_out is None:
         return None
     embedded = ensure_openmoji(config.cache_folder()) if config.shards is None else None
-    reader = _open_reader(config, config.held_out if config.held_out is not None else f"{embedded}/held_out-*.tar")
+    reader = Reader.open(config.held_out if config.held_out is not None else f"{embedded}/held_out-*.tar", config)
     return _pairs(config, reader, embedded, image_size, text_length, EvaluationView(reader.index.counts_S))
-
-
-def _open_reader(config: DataConfig, patterns: str) -> Reader:
-    return Reader(index_for(patterns, config.cache_folder()))
 
 
 def _pairs(config: DataConfig, reader: Reader, embedded: Path | None, image_size: int, text_length: int, view) -> Pairs:

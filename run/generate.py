@@ -15,12 +15,13 @@ import torch
 from jsonargparse import Namespace
 from PIL import Image
 
-from mug.data import transforms
 from mug.data.captions import choose
 from mug.data.config import DataConfig
+from mug.data.crops import CentralSquare
+from mug.data.decode import decode_crop
 from mug.data.errors import DataError
 from mug.data.openmoji import ensure_openmoji
-from mug.data.shards import IMAGE, JSON, TEXT, ShardIndex
+from mug.data.reader import Reader
 from mug.run.training.checkpoint import Checkpoint
 from mug.run.training.command_line import Parser
 from mug.run.training.console import Console, run_command
@@ -29,6 +30,8 @@ from mug.run.training.metrics import read_rows
 from mug.run.training.pictures import COLUMNS, Sample, draw_grid
 from mug.run.training.restore import restore
 from mug.run.training.samples import rows
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def main(console: Console) -> None:
@@ -58,7 +61,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     """
     parser = Parser(prog="generate.py", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=str, help="folder of a run, or one of its checkpoint-STEP folders")
-    parser.add_argument("inputs", type=str, nargs="*", help="image files and tar shards (held-out OpenMoji pairs)")
+    parser.add_argument("inputs", type=str, nargs="*", help="image files and shards (held-out OpenMoji pairs)")
     parser.add_argument("--out", type=str, default="generated", help="folder for the PNG and the page")
     parser.add_argument("--beams", type=int, default=4, help="beams, beside the greedy caption; 1 is greedy alone")
     parser.add_argument("--limit", type=int, default=24, help="most images to show, spread over each shard")
@@ -77,27 +80,28 @@ def read_inputs(options: Namespace, size: int) -> tuple[list[np.ndarray], list[s
         RunError: a file is missing.
         DataError: a file cannot be decoded; it is named.
     """
-    paths = [Path(name) for name in options.inputs]
-    if not paths:
-        paths = sorted(ensure_openmoji(DataConfig(cache=options.cache).cache_folder()).glob("held_out-*.tar"))
+    config = DataConfig(cache=options.cache)
+    names = options.inputs or [f"{ensure_openmoji(config.cache_folder())}/held_out-*.tar"]
     images, true = [], []
-    for path in paths:
-        if not path.is_file():
-            raise RunError(f"{path}: no such file; name images or tar shards")
-        for data, caption in read_shard(path, options.limit) if path.suffix == ".tar" else [(path.read_bytes(), "")]:
+    for name in names:
+        path = Path(name)
+        if options.inputs and not path.is_file():
+            raise RunError(f"{path}: no such file; name images or shards")
+        pairs = [(path.read_bytes(), "")] if path.suffix in IMAGES else read_shards(name, config, options.limit)
+        for data, caption in pairs:
             try:
-                images.append(transforms.eval_view(transforms.decode(data), size))
+                images.append(decode_crop(data, size, CentralSquare()))
             except DataError as error:
                 raise DataError(f"{path}: {error}") from error
             true.append(caption)
     return images[: options.limit], true[: options.limit]
 
 
-def read_shard(path: Path, limit: int) -> list[tuple[bytes, str]]:
-    """Images and captions of at most `limit` pairs, spread evenly over the shard."""
-    index = ShardIndex.scan([path])
-    chosen = [i * len(index) // min(limit, len(index)) for i in range(min(limit, len(index)))]
-    return [(index.read(r, IMAGE), choose(index.read(r, TEXT), index.read(r, JSON), ("en",), 0.0)) for r in chosen]
+def read_shards(patterns: str, config: DataConfig, limit: int) -> list[tuple[bytes, str]]:
+    """Images and captions of at most `limit` pairs, spread evenly over the shards."""
+    reader = Reader.open(patterns, config)
+    files = [reader.read(*place) for place in reader.spread(limit)]
+    return [(image, choose(text, meta, ("en",), 0.0)) for image, text, meta in files]
 
 
 def held_out_figures(found: Checkpoint) -> list[str]:

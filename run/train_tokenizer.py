@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 from mug.data.captions import captions
 from mug.data.config import DataConfig
 from mug.data.errors import BadSample
-from mug.data.shards import JSON, TEXT, ShardIndex, expand
+from mug.data.reader import Reader
 from mug.data.tokenizer_training import train_tokenizer
 from mug.data.writers import replacing
 from mug.run.training.command_line import Parser
@@ -58,17 +58,17 @@ def parse(arguments: list[str] | None = None) -> Namespace:
 
 def read_captions(shards: str, samples: int, languages: tuple[str, ...], console: Console) -> Iterator[str]:
     """All captions in these languages of at most `samples` pairs, spread evenly over the shards."""
-    index = ShardIndex.scan(expand(shards))
-    samples = min(samples, len(index))
-    console.say(f"reading the captions of {samples:,} of {len(index):,} pairs")
-    for i in range(samples):
+    reader = Reader.open(shards, DataConfig())
+    samples = min(samples, len(reader.index))
+    console.say(f"reading the captions of {samples:,} of {len(reader.index):,} pairs")
+    for i, (shard, row) in enumerate(reader.spread(samples)):
         if i and i % REPORT_EVERY == 0:
             console.say(f"{i:,} pairs read")
-        row = i * len(index) // samples
+        _, text, meta = reader.read(shard, row)
         try:
-            yield from captions(index.read(row, TEXT), index.read(row, JSON), languages)
+            yield from captions(text, meta, languages)
         except BadSample as error:
-            console.warn(f"{index.name(row)}: {error}")
+            console.warn(f"{reader.index.name(shard, row)}: {error}")
 
 
 if __name__ == "__main__":

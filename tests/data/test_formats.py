@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import caption_of, png
+from pictures import encode
 from test_stream import open_stream, take
 
 from mug.data.config import DataConfig
@@ -14,8 +14,8 @@ from mug.data.writers import Sample, write_shards
 def samples(count: int):
     for i in range(count):
         random = np.random.default_rng(i)
-        image = png(random.integers(0, 256, (*random.integers(20, 40, 2), 3), dtype=np.uint8))
-        caption = caption_of(i) if i % 5 else ""
+        image = encode(random.integers(0, 256, (*random.integers(20, 40, 2), 3), dtype=np.uint8))
+        caption = f"picture number {i}" if i % 5 else ""
         yield Sample(f"{i:05d}", image, "png", caption, {"key": f"{i:05d}", "captions": {"de": ["eins", f"zwei {i}"]}})
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from mug.data import openmoji
 from mug.data.config import DataConfig
-from mug.data.shards import TEXT, ShardIndex
+from mug.data.reader import Reader
 from mug.data.stream import Share, open_held_out, open_train
 from mug.data.tokenizer import Tokenizer
 
@@ -87,12 +87,12 @@ def test_known_pairs(folder):
 
 
 @pytest.mark.slow
-def test_our_index_reads_the_same(folder):
+def test_our_reader_reads_the_same(folder, tmp_path):
     for split in ("train", "held_out"):
-        index = ShardIndex.scan(sorted(folder.glob(f"{split}-*.tar")))
-        for row, sample in enumerate(samples(folder, split)):
-            assert index.keys[row].decode() == sample["__key__"]
-            assert index.read(row, 0) == sample["png"] and index.read(row, TEXT) == sample["txt"]
+        reader = Reader.open(f"{folder}/{split}-*.tar", DataConfig(cache=str(tmp_path)))
+        for place, sample in zip(reader.spread(10**6), samples(folder, split), strict=True):
+            assert reader.index.key(*place) == sample["__key__"]
+            assert reader.read(*place) == (sample["png"], sample["txt"], sample["json"])
 
 
 @pytest.mark.slow
