@@ -135,13 +135,14 @@ def config(tmp_path, tokenizer_file) -> DataConfig:
         members += [(f"{i:02d}.json", bytes_of(meta))]
     write_tar(tmp_path / "shard.tar", members)
     shard = str(tmp_path / "shard.tar")
-    return DataConfig(shards=shard, held_out=shard, tokenizer=str(tokenizer_file), workers=0, language="en, de")
+    options = {"tokenizer": str(tokenizer_file), "cache": str(tmp_path / "cache"), "workers": 0}
+    return DataConfig(shards=shard, held_out=shard, language="en, de", **options)
 
 
 def numbers(pairs, positions) -> list[int]:
     return [
-        int(pairs.tokenizer.decode(pairs[p]["tokens"]).replace(" ", "").removeprefix("picturenumber"))
-        for p in positions
+        int(pairs.tokenizer.decode(tokens).replace(" ", "").removeprefix("picturenumber"))
+        for tokens in pairs.batch(positions)[0]["tokens"]
     ]
 
 
@@ -151,8 +152,8 @@ def test_each_epoch_draws_anew_by_seed_and_position(config):
 
     pairs = train(3)
     drawn = numbers(pairs, range(600))
-    for position, number in enumerate(drawn):
-        epoch, row = pairs.augment.order.locate(position)
+    epochs, _, rows = pairs.view.order.locate(np.arange(600))
+    for position, (number, epoch, row) in enumerate(zip(drawn, epochs.tolist(), rows.tolist(), strict=True)):
         kind = int(3 * rng.uniform(3, rng.CAPTION, epoch, position, 1)[0])
         assert number == row + 100 * kind
     counts = Counter(number // 100 for number in drawn)
@@ -166,8 +167,13 @@ def test_evaluation_takes_the_first(config):
     assert numbers(pairs, range(20)) == list(range(20))
 
 
-def test_a_bad_sample_is_named(config, tmp_path):
-    write_tar(tmp_path / "shard.tar", [("k.png", b"x"), ("k.json", b"{")])
+def test_a_caption_that_cannot_be_had_makes_a_bad_sample(config, tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    members = [(f"{i}.png", buffer.getvalue()) for i in range(8)] + [("3.json", b"{")]
+    write_tar(tmp_path / "shard.tar", members)
     pairs = open_held_out(config, image_size=8, text_length=12)
-    with pytest.raises(BadSample, match=r"shard\.tar', key 'k': no caption"):
-        pairs._caption(0, 0.0)
+    batch, replaced = pairs.batch(range(8))
+    assert {(entry.position, entry.key) for entry in replaced} == {(3, "3")}
+    assert "no caption: there is no .txt" in replaced[0].reason
+    assert (batch["tokens"] == pairs.tokenizer.pad).all()
