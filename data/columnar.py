@@ -27,6 +27,8 @@ NAMES = {
     "json": ("json",),
     "key": ("key", "__key__"),
 }
+BYTES = (pa.binary(), pa.large_binary())
+STRINGS = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 BATCH = 1024  # rows of a Parquet row group decoded at a time
 
@@ -53,21 +55,19 @@ def _holds(part: str, type: pa.DataType) -> bool:
     if part == "key":
         return not pa.types.is_nested(type)
     if pa.types.is_struct(type):  # an image of Hugging Face datasets: {bytes, path}
-        return part == "image" and type.get_field_index("bytes") >= 0
-    return pa.types.is_dictionary(type) or any(
-        test(type)
-        for kind in (("binary",) if part == "image" else ("binary", "string"))
-        for test in (getattr(pa.types, f"is_{kind}"), getattr(pa.types, f"is_large_{kind}"))
-    )
+        return part == "image" and type.get_field_index("bytes") >= 0 and type.field("bytes").type in BYTES
+    if pa.types.is_dictionary(type):
+        type = type.value_type
+    return type in BYTES or (part != "image" and type in STRINGS)
 
 
 def _plain(column: pa.Array) -> pa.Array:
-    """The column as one of binary or string values with offsets, in the same buffers where it is one."""
+    """The column as binary values, in the same buffers where they can be."""
     if pa.types.is_struct(column.type):
         column = column.flatten()[column.type.get_field_index("bytes")]
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    return column
+    return column.cast(STRINGS.get(column.type, column.type))
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +83,7 @@ class _Values:
     def of(column: pa.Array) -> "_Values":
         column.validate(full=True)  # offsets of a damaged file may point anywhere
         _, offsets, data = column.buffers()
-        wide = pa.types.is_large_binary(column.type) or pa.types.is_large_string(column.type)
-        ends = np.frombuffer(offsets or b"", np.int64 if wide else np.int32)
+        ends = np.frombuffer(offsets or b"", np.int64 if pa.types.is_large_binary(column.type) else np.int32)
         ends = ends[column.offset : column.offset + len(column) + 1].astype(np.int64)
         length = np.where(column.is_null().to_numpy(zero_copy_only=False), -1, np.diff(ends))
         bytes_ = np.frombuffer(data or b"", np.uint8)
@@ -185,7 +184,7 @@ def _arrow_rows(path: Path) -> Iterator[_Rows]:
     for group, batch in enumerate(batches):
         rows = reader.rows(batch, group, 0)
         if source is batches and rows.absolute is None:
-            raise DataError("is a compressed Arrow stream, which has no index of its batches: write an Arrow file")
+            raise DataError("is an Arrow stream with compressed or coded values: write it anew as an Arrow file")
         yield rows
 
 
@@ -226,7 +225,7 @@ class Groups:
             value = self._column(path, part, group)[row].as_py()
         except (OSError, pa.ArrowException, IndexError, KeyError) as error:
             raise DataError(f"shard '{path}', group {group}, row {row}: cannot be read: {error}") from error
-        return value.encode() if isinstance(value, str) else value or b""
+        return value or b""
 
     def _column(self, path: Path, part: int, group: int) -> pa.Array:
         key = (path, part, group)

@@ -85,4 +85,5 @@ def _join(key_M: pa.DictionaryArray, kind_M: np.ndarray, place_M2: np.ndarray, s
     image_of_key = np.full(n, -1)
     image_of_key[sample_M[kind_M == IMAGE]] = np.arange((kind_M == IMAGE).sum())
     keep = places[:, IMAGE, 1] > 0
-    return make_scan("tar", key_M.dictionary, places, keep, sniffed.take(image_of_key))
+    of_keys = Sniffed.join([sniffed, Sniffed.zeros(1)]).take(image_of_key)  # the last: of keys without an image
+    return make_scan("tar", key_M.dictionary, places, keep, of_keys)

@@ -64,8 +64,8 @@ def sniff(heads: np.ndarray) -> Sniffed:
         found.format[rows] = format
         for read in readers if len(rows) else ():
             read(heads[rows], found, rows)
-    for size in (found.width, found.height):
-        size[size < 0] = 0  # more than an int32 holds
+    unknown = (found.width <= 0) | (found.height <= 0)  # cut off, or more than an int32 holds
+    found.width[unknown] = found.height[unknown] = 0
     return found
 
 
@@ -109,7 +109,7 @@ def _png(heads: np.ndarray, found: Sniffed, rows: np.ndarray) -> None:
 
 def _webp(heads: np.ndarray, found: Sniffed, rows: np.ndarray) -> None:
     """The three kinds of first chunk: lossy, lossless and extended."""
-    lossy, lossless, extended = (_matches(heads, {12: kind}) for kind in (b"VP8 ", b"VP8L", b"VP8X"))
+    lossy, lossless, extended = (_matches(heads, {12: b"VP8" + kind}) for kind in (b" ", b"L", b"X"))
     bits = _number(heads, (24, 23, 22, 21))
     kinds = [lossy, lossless, extended]
     widths = [_number(heads, (27, 26)) & 0x3FFF, (bits & 0x3FFF) + 1, _number(heads, (26, 25, 24)) + 1]

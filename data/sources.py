@@ -129,7 +129,7 @@ class Source(AbstractContextManager):
             DataError, OSError: they cannot be read.
         """
         if self.path is None:
-            length = min(length, self.size - offset)
+            length = max(0, min(length, self.size - offset))
             data = _remote(self.url, lambda fs, path: fs.cat_file(path, start=offset, end=offset + length))
             if len(data) == length:
                 return data

@@ -20,7 +20,7 @@ Read = Callable[[int, int], bytes]  # (offset, length) → that many bytes, or f
 BLOCK = 512
 ZEROS = bytes(BLOCK)
 NEAR = BLOCK + HEAD  # of a header and the start of its body, read together
-FILES = b"\007"  # types of a regular file
+FILES = b"07\0"  # types of a regular file
 BODILESS = b"123456"  # links, devices, folders, pipes: a size in their header counts no bytes that follow
 PLAIN, PAX = b"0x"  # the types of nearly all headers
 TELLING = re.compile(rb" (path|size|GNU\.sparse[^=]*)=")  # records of the next file that we need
@@ -82,7 +82,7 @@ class _Headers:
         return self.pieces[-1][at : at + BLOCK]
 
     def last_name(self) -> bytes:
-        return self.names.get(len(self.offset) - 1) or _name(self.header(self.offset[-1]))
+        return self.names.get(len(self.offset) - 1) or _name(self.read(self.offset[-1], BLOCK))
 
     def add(self, offset: int, length: int, name: bytes, is_file: bool) -> None:
         self.names[len(self.offset)] = name
@@ -111,7 +111,7 @@ class _Headers:
             except ValueError:
                 return offset
             kind = piece[at + 156]
-            if piece[at + 345] or (kind != PLAIN and kind != PAX):  # the first is where a long name begins
+            if length < 0 or piece[at + 345] or (kind != PLAIN and kind != PAX):  # at 345 a long name goes on
                 return offset
             if kind == PAX:
                 if length > HEAD or TELLING.search(piece, at + BLOCK, at + BLOCK + length):
@@ -203,7 +203,7 @@ class _Walk:
 
     def fill(self, headers: _Headers) -> None:
         """Add headers up to a full batch or the end; an extension header and its file stay together."""
-        while self.offset is not None and (self.overrides or not headers.full()):
+        while self.offset is not None and (self.overrides != self.shared or not headers.full()):
             beyond = self.offset if self.overrides else headers.add_plain(self.offset)
             if beyond > self.offset:
                 self.offset = beyond
@@ -212,13 +212,14 @@ class _Walk:
 
     def _step(self, headers: _Headers) -> None:
         """Take one header of any kind."""
+        if self.offset > self.size:
+            raise DataError(f"is cut short inside '{_shown(headers.last_name())}': fetch or write it anew")
         header = headers.header(self.offset)
         if header == ZEROS:
             self.offset = _check_end(headers.read, self.offset, self.size)
             return
         if len(header) < BLOCK:
-            where = f"inside '{_shown(headers.last_name())}'" if self.offset > self.size else "and has no end mark"
-            raise DataError(f"is cut short {where}: fetch or write it anew")
+            raise DataError("is cut short, having no end mark: fetch or write it anew")
         kind, name, body = header[156], self.overrides.get(b"path") or _name(header), self.offset + BLOCK
         length = _number(header[124:136])
         if kind not in EXTENSIONS:

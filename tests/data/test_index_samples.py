@@ -1,0 +1,137 @@
+"""From the files of a tar to samples; webdataset is the oracle where it groups files as we do."""
+
+import io
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mug.data import rows
+from mug.data.errors import DataError
+from mug.data.samples import scan_tar, split_names
+
+
+def make(members, format=tarfile.GNU_FORMAT) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
+        for name, body in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            archive.addfile(info, io.BytesIO(body))
+    return buffer.getvalue()
+
+
+def samples(data: bytes) -> tuple[list[tuple], int]:
+    """(key, image, text, json) of each sample, bytes or None, read by offset; how many keys were left out."""
+    scan = scan_tar(lambda offset, length: data[offset : offset + length], len(data))
+
+    def read(row, part):
+        offset, length = row[f"{part}_offset"], row[f"{part}_length"]
+        return data[offset : offset + length] if length >= 0 else None
+
+    found = [(row["key"], *(read(row, part) for part in rows.PARTS)) for row in scan.rows.to_pylist()]
+    return found, scan.left_out
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a.jpg", "a.txt", "a.json"], [("a", "a.jpg", "a.txt", "a.json")]),
+        (["a.jpg", "b.jpg", "a.txt", "b.txt"], [("a", "a.jpg", "a.txt", None), ("b", "b.jpg", "b.txt", None)]),
+        (["a.txt", "b.jpg", "a.jpg"], [("a", "a.jpg", "a.txt", None), ("b", "b.jpg", None, None)]),
+        (["d.1/a b.JPEG", "d.1/a b.Txt"], [("d.1/a b", "d.1/a b.JPEG", "d.1/a b.Txt", None)]),
+        (["./é/ü.webp", "./é/ü.json"], [("./é/ü", "./é/ü.webp", None, "./é/ü.json")]),
+        (["../up.png", "/root.gif"], [("../up", "../up.png", None, None), ("/root", "/root.gif", None, None)]),
+        (["a.seg.png", "a.png", "b.tiff"], [("a", "a.png", None, None), ("b", "b.tiff", None, None)]),
+        (["x/" + "long" * 60 + ".bmp"], [("x/" + "long" * 60, "x/" + "long" * 60 + ".bmp", None, None)]),
+        ([".jpg", "d/.jpg", "jpg", "a.", "a.jpgx", "a.xjpg", "a.jpg/b"], []),
+    ],
+    ids=["all", "interleaved", "text first", "spaces", "UTF-8", "outside", "dots", "long", "no sample's"],
+)
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_used(names, expected, format):
+    found, left_out = samples(make([(name, name.encode()) for name in names], format))
+    assert found == [tuple(x.encode() if i and x else x for i, x in enumerate(sample)) for sample in expected]
+    assert left_out == 0
+
+
+def test_left_out_and_counted():
+    data = make([("1.txt", b"t"), ("2.jpg", b""), ("3.json", b"{}"), ("4.jpg", b"i")])
+    assert samples(data) == ([("4", b"i", None, None)], 3)
+    assert samples(make([("1.txt", b"t")])) == ([], 1)
+    assert samples(make([])) == ([], 0)
+
+
+def test_an_empty_caption_is_one():
+    assert samples(make([("1.jpg", b"i"), ("1.txt", b"")])) == ([("1", b"i", b"", None)], 0)
+
+
+@pytest.mark.parametrize(
+    "twice", ["k.jpg k.txt k.jpg", "k.jpg k.png", "k.jpg k.txt o.jpg k.txt", "k.jpg k.json k.JSON"]
+)
+def test_a_key_twice_is_refused_by_name(twice):
+    with pytest.raises(DataError, match="key 'k': write distinct keys"):
+        samples(make([(name, b"x") for name in twice.split()]))
+
+
+def test_names_that_are_no_utf8():
+    data = make([("é.jpg", b"i")]).replace("é".encode(), b"\xff\xfe")
+    header = bytearray(data[:512])
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    assert samples(bytes(header) + data[512:])[0] == [("\\xff\\xfe", b"i", None, None)]
+
+
+def test_nothing_unpickles(tmp_path):
+    """Members that webdataset's decoder would unpickle are no part of a sample."""
+    canary = tmp_path / "ran"
+    attack = f"cos\nsystem\n(S'touch {canary}'\ntR.".encode()
+    extensions = ("pyd", "pkl", "pickle", "pth")
+    data = make([("1.jpg", b"i"), *((f"1.{extension}", attack) for extension in extensions)])
+    assert samples(data) == ([("1", b"i", None, None)], 0)
+    assert not canary.exists()
+
+
+@given(
+    st.lists(
+        st.tuples(st.text(st.sampled_from("ab/c "), min_size=1, max_size=12), st.sets(st.sampled_from("jtx"))),
+        unique_by=lambda sample: sample[0],
+        max_size=6,
+    ).filter(lambda samples: not any(key.endswith("/") for key, _ in samples))
+)
+def test_groups_as_webdataset_does(tmp_path_factory, keys):
+    names = {"j": "jpg", "t": "txt", "x": "json"}
+    members = [(f"{key}.{names[p]}", f"{key} {p}".encode()) for key, parts in keys for p in sorted(parts)]
+    data = make(members)
+    path = tmp_path_factory.mktemp("tar") / "0.tar"
+    path.write_bytes(data)
+    oracle = webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False)
+    expected = [(s["__key__"], s["jpg"], s.get("txt"), s.get("json")) for s in oracle if "jpg" in s]
+    assert samples(data)[0] == expected
+
+
+def test_key_hashes_are_fnv_1a():
+    """Against the published values of FNV-1a, and a plain implementation."""
+
+    def fnv(data: bytes) -> int:
+        value = 0xCBF29CE484222325
+        for byte in data:
+            value = (value ^ byte) * 0x100000001B3 % 2**64
+        return value
+
+    assert [fnv(b""), fnv(b"a"), fnv(b"foobar")] == [0xCBF29CE484222325, 0xAF63DC4C8601EC8C, 0x85944171F73967E8]
+    keys = ["", "a", "foobar", "é" * 50, "000000001"]
+    assert rows.hash_keys(pa.array(keys)).tolist() == [fnv(key.encode()) for key in keys]
+    assert rows.hash_keys(pa.array(keys)[2:4]).tolist() == [fnv(key.encode()) for key in keys[2:4]]
+    assert rows.hash_keys(pa.array([], pa.string())).dtype == np.uint64
+
+
+def test_split_names_takes_slices():
+    names = pa.array([b"skip.jpg", b"a/b.c/d.jpg", b"e.txt"])[1:]
+    part, key_end = split_names(names)
+    assert part.tolist() == [rows.IMAGE, rows.TEXT]
+    assert key_end.tolist() == [7, 1]
