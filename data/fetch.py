@@ -140,7 +140,7 @@ class _Local:
     def read(self, shard: Shard, offset: int, length: int) -> bytes:
         def attempt() -> bytes:
             try:
-                return os.pread(self._open(shard).number, length, offset)
+                return self._open(shard).read(offset, length)
             except OSError:  # a network file system's handle may be stale: the next attempt opens anew
                 with self._lock:
                     self._files.pop(shard, None)
@@ -229,7 +229,7 @@ class _Cached:
         self._transfers: dict[Shard, _Transfer] = {}  # those under way, and those that failed until a reader asks
 
     def read(self, shard: Shard, offset: int, length: int) -> bytes:
-        return os.pread(self._get(shard).number, length, offset)
+        return self._get(shard).read(offset, length)
 
     def local(self, shard: Shard) -> Path:
         self._handed = self._get(shard)
