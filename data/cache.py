@@ -36,6 +36,9 @@ class Descriptor:
         if hasattr(self, "number"):
             os.close(self.number)
 
+    def read(self, offset: int, length: int) -> bytes:
+        return os.pread(self.number, length, offset)  # a caller that took the number alone might let go of the file
+
     def lock(self, kind: int) -> bool:
         """flock; False where LOCK_NB is in `kind` and another holds the lock."""
         try:

