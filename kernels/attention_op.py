@@ -7,25 +7,27 @@ import torch
 from torch import Tensor
 
 SMALL = 64  # longest sequence that one program holds whole
-SMALL_FP32 = 32  # without tensor cores, and with elements twice as wide, the registers end earlier
 
 
 def is_small(dtype: torch.dtype, longest_q: int, longest_k: int) -> bool:
-    """Whether one program holds a whole head; else the tiled kernels serve."""
-    return max(longest_q, longest_k) <= (SMALL_FP32 if dtype == torch.float32 else SMALL)
+    """Whether one program holds a whole head; else the tiled kernels serve, as they do all of fp32 (registers)."""
+    return dtype != torch.float32 and max(longest_q, longest_k) <= SMALL
 
 
 def small_blocks(longest_q: int, longest_k: int) -> dict[str, int]:
-    """BLOCK_Q, BLOCK_K and num_warps that hold these lengths; docs/attention.md has the figures behind them."""
+    """BLOCK_Q, BLOCK_K and num_warps that hold these lengths: a warp for each 16 rows, as tensor cores take them."""
     block_q, block_k = (max(16, 1 << (n - 1).bit_length()) for n in (longest_q, longest_k))
     return {"BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": max(block_q, block_k) // 16}
 
 
 def tiled_blocks(kernel: str, dtype: torch.dtype, D: int) -> dict[str, int]:
-    """The same for "forward", "dq" and "dkdv"."""
-    if dtype == torch.float32:
-        return {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
+    """The same for "forward", "dq" and "dkdv", chosen by registers and occupancy (docs/attention.md)."""
+    if dtype == torch.float32:  # no tensor cores in IEEE precision: what is held must be small
+        return {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
+    blocks = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
+    if kernel != "forward" or D > 96:  # half a tile at a time along the loop: one more program on each SM, no spills
+        blocks["BLOCK_Q" if kernel == "dkdv" else "BLOCK_K"] = 32
+    return blocks
 
 
 @torch.library.custom_op("mug::attention", mutates_args=())

@@ -2,7 +2,7 @@
 
 Every tensor comes as rows [R, H, D] (dense batches laid end to end) with a stride between rows and heads side by side.
 A head of D values moves as a main part of D1 = 16, 32, 64 or 128 columns and a tail of D2 (0: none), so that 80 is
-64 + 16 and 88 is 64 + 32 with the last 8 masked: padding both to 128 would cost 1.5 times the dot products and registers.
+64 + 16, and 88 is 64 + 32 with the last 8 masked: padding to 128 would cost up to 1.6 times the products and registers.
 
 Dimension letters: I queries, J keys of a tile, D head dimension.
 """
@@ -25,7 +25,8 @@ def sequence(b, cu_seqlens, N, PACKED: tl.constexpr):
     if PACKED:
         start = tl.load(cu_seqlens + b)
         return start.to(tl.int64), tl.load(cu_seqlens + b + 1) - start
-    return b.to(tl.int64) * N, N
+    else:
+        return b.to(tl.int64) * N, N
 
 
 @triton.jit
@@ -33,7 +34,8 @@ def real_keys(b, kv_lengths, count, PADDED: tl.constexpr):
     """How many of the sequence's `count` keys are no padding."""
     if PADDED:
         return tl.minimum(tl.load(kv_lengths + b).to(tl.int32), count)
-    return count
+    else:
+        return count
 
 
 @triton.jit
@@ -105,4 +107,5 @@ def visible(i, j, keys, CAUSAL: tl.constexpr):
     """bool, broadcast over query indices i and key indices j: may i see j?"""
     if CAUSAL:
         return (j < keys) & (j <= i)
-    return j < keys
+    else:
+        return j < keys

@@ -1,10 +1,10 @@
 """Attention of short sequences: one program holds a whole head, so there is no online softmax and no second pass.
 
 Roofline at N = 50, D = 64, bf16, for one head: forward reads q, k, v and writes out (4·N·D·2 = 25.6 kB) for 4·N²·D =
-0.64 MFLOP, 25 FLOP a byte; backward reads q, k, v, dout and writes dq, dk, dv (44.8 kB) for 10·N²·D = 1.6 MFLOP, 36 FLOP
-a byte. An H100 needs about 300 before its tensor cores are the limit: memory is, and every byte moves once. Hence backward
-computes the softmax again rather than read it, and takes rowsum(P ∘ dP) rather than rowsum(dout ∘ out), which would read
-`out`. It needs no atomics: all queries of a key are in the program.
+0.64 MFLOP, 25 FLOP a byte; backward reads q, k, v, dout and writes dq, dk, dv (44.8 kB) for 10·N²·D = 1.6 MFLOP,
+36 FLOP a byte. An H100 needs about 300 before its tensor cores are the limit: memory is, and every byte moves once.
+Hence backward takes rowsum(P ∘ dP) rather than rowsum(dout ∘ out), which would read `out`. It needs no atomics: all
+queries of a key are in the program.
 """
 
 import triton

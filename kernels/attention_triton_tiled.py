@@ -5,8 +5,8 @@ byte, still under the H100's 300 or so; at N = 577 it is 288, and the tensor cor
 rows at 257 (5·64 = 320), 128-tiles 33% (384). Keys and values are read again by each of the 5 programs of a head, but
 those follow each other and find them in L2.
 
-Backward is deterministic, without atomics, at the price of computing scores twice (7 products rather than 5): one kernel
-goes along the keys for dq, and stores rowsum(dout ∘ out) in passing; the other goes along the queries for dk and dv.
+Backward is deterministic, without atomics, at the price of computing the scores twice (7 products rather than 5): one
+kernel goes along the keys for dq, storing rowsum(dout ∘ out) in passing; the other along the queries for dk and dv.
 """
 
 import triton
