@@ -154,6 +154,7 @@ def _measured(device: str, half: bool, training: bool, D: int, tokens: int, caus
     return backend
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def _log_cpu() -> None:
     logger.info("attention on cpu: sdpa")

@@ -81,6 +81,7 @@ def _flash_obstacle(q: Tensor, masks: Masks) -> str | None:
     return "kv_lengths: it takes no padding; pack with cu_seqlens" if masks.kv_lengths is not None else None
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def installed(backend: str) -> bool:
     """Whether the package behind "triton", "flash_attn" or "flash_attn_4" can be imported."""

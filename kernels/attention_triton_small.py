@@ -61,14 +61,14 @@ def forward_kernel(
     s_IJ = dot_heads(q_ID, q_tail, k_JD, k_tail, D2) * (scale * LOG2_E)
     s_IJ = tl.where(visible(i[:, None], j[None, :], keys, CAUSAL), s_IJ, float("-inf"))
     top_I = tl.max(s_IJ, 1)
-    top_I = tl.where(top_I == float("-inf"), 0.0, top_I)  # no key at all: exp2(-inf - -inf) would be NaN
-    p_IJ = tl.exp2(s_IJ - top_I[:, None])
+    shift_I = tl.where(top_I == float("-inf"), 0.0, top_I)  # no key at all: exp2(-inf - -inf) would be NaN
+    p_IJ = tl.exp2(s_IJ - shift_I[:, None])
     sum_I = tl.sum(p_IJ, 1)
     out_ID, out_tail = zeros(BLOCK_Q, D1, D2)
     out_ID, out_tail = add_weighted(out_ID, out_tail, p_IJ, v_JD, v_tail, D2)
-    divisor_I1 = tl.where(sum_I == 0.0, 1.0, sum_I)[:, None]
+    sum_I = tl.where(sum_I == 0.0, 1.0, sum_I)
     out_base = out + q_start * H * D + h * D
-    store_head(out_base, i, H * D, i < q_count, out_ID / divisor_I1, out_tail / divisor_I1, D, D1, D2)
+    store_head(out_base, i, H * D, i < q_count, out_ID / sum_I[:, None], out_tail / sum_I[:, None], D, D1, D2)
     tl.store(lse + h * rows.to(tl.int64) + q_start + i, top_I + tl.log2(sum_I), mask=i < q_count)
 
 

@@ -84,9 +84,9 @@ def forward_kernel(
             out_tail = out_tail * shrink_I[:, None]
         out_ID, out_tail = add_weighted(out_ID, out_tail, p_IJ, v_JD, v_tail, D2)
         top_I = new_top_I
-    divisor_I1 = tl.where(sum_I == 0.0, 1.0, sum_I)[:, None]  # 0 without a key
+    sum_I = tl.where(sum_I == 0.0, 1.0, sum_I)  # without a key: out 0, and the log-sum-exp stays -inf
     out_base = out + q_start * H * D + h * D
-    store_head(out_base, i, H * D, i < q_count, out_ID / divisor_I1, out_tail / divisor_I1, D, D1, D2)
+    store_head(out_base, i, H * D, i < q_count, out_ID / sum_I[:, None], out_tail / sum_I[:, None], D, D1, D2)
     tl.store(lse + h * rows.to(tl.int64) + q_start + i, top_I + tl.log2(sum_I), mask=i < q_count)
 
 
