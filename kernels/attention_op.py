@@ -1,0 +1,165 @@
+"""The Triton kernels of attention as PyTorch operators, and how they are launched.
+
+Dimension letters: B sequences, R rows of them all (B·N in a dense batch), H heads, D head dimension.
+"""
+
+import torch
+from torch import Tensor
+
+SMALL = 64  # longest sequence that one program holds whole
+
+
+def is_small(dtype: torch.dtype, longest_q: int, longest_k: int) -> bool:
+    """Whether one program holds a whole head; else the tiled kernels serve, as they do all of fp32 (registers)."""
+    return dtype != torch.float32 and max(longest_q, longest_k) <= SMALL
+
+
+def small_blocks(longest_q: int, longest_k: int) -> dict[str, int]:
+    """BLOCK_Q, BLOCK_K and num_warps that hold these lengths: a warp for each 16 rows, as tensor cores take them."""
+    block_q, block_k = (max(16, 1 << (n - 1).bit_length()) for n in (longest_q, longest_k))
+    return {"BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": max(block_q, block_k) // 16}
+
+
+def tiled_blocks(kernel: str, dtype: torch.dtype, D: int) -> dict[str, int]:
+    """The same for "forward", "dq" and "dkdv", chosen by registers and occupancy (docs/attention.md)."""
+    if dtype == torch.float32:  # no tensor cores in IEEE precision: what is held must be small
+        return {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
+    blocks = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
+    if kernel != "forward" or D > 96:  # half a tile at a time along the loop: one more program on each SM, no spills
+        blocks["BLOCK_Q" if kernel == "dkdv" else "BLOCK_K"] = 32
+    return blocks
+
+
+@torch.library.custom_op("mug::attention", mutates_args=())
+def triton_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    kv_lengths: Tensor | None,
+    longest_q: int,
+    longest_k: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(out, like q; log-sum-exp of the scores in base 2, fp32 [H, R], -inf for a query without a key).
+
+    Base 2 because backward uses exp2: another factor there would be another rounding of every probability.
+
+    Args:
+        q, k, v: [B, N, H, D], or with cu_seqlens [R, H, D].
+        longest_q, longest_k: no sequence has more rows.
+        The rest as in mug.kernels.attention.
+    """
+    masks = (cu_seqlens_q, cu_seqlens_k, kv_lengths)
+    out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), _row_values(q)
+    sizes, constants, (q_RHD, k_RHD, v_RHD) = _launch_arguments(q, k, v, masks, longest_q, longest_k, causal, scale)
+    tensors = (q_RHD, k_RHD, v_RHD, out, lse)
+    heads = _sequences(q, cu_seqlens_q) * q.shape[-2]
+    if is_small(q.dtype, longest_q, longest_k):
+        from mug.kernels import attention_triton_small as small
+
+        small.forward_kernel[(heads,)](*tensors, *sizes, scale, **constants, **small_blocks(longest_q, longest_k))
+    else:
+        from mug.kernels import attention_triton_tiled as tiled
+
+        blocks = tiled_blocks("forward", q.dtype, q.shape[-1])
+        tiles = -(-longest_q // blocks["BLOCK_Q"])
+        tiled.forward_kernel[(tiles * heads,)](*tensors, *sizes, tiles, scale, **constants, **blocks)
+    return out, lse
+
+
+@triton_attention.register_fake
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, kv_lengths, longest_q, longest_k, causal, scale):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), _row_values(q)
+
+
+@torch.library.custom_op("mug::attention_backward", mutates_args=())
+def triton_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    kv_lengths: Tensor | None,
+    longest_q: int,
+    longest_k: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by q, k and v. `out` is None where the small kernel serves, which does not read it."""
+    masks = (cu_seqlens_q, cu_seqlens_k, kv_lengths)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    sizes, constants, rows = _launch_arguments(q, k, v, masks, longest_q, longest_k, causal, scale)
+    heads, dout = _sequences(q, cu_seqlens_q) * q.shape[-2], dout.contiguous()
+    if is_small(q.dtype, longest_q, longest_k):
+        from mug.kernels import attention_triton_small as small
+
+        blocks = small_blocks(longest_q, longest_k)
+        small.backward_kernel[(heads,)](*rows, dout, lse, dq, dk, dv, *sizes, scale, **constants, **blocks)
+        return dq, dk, dv
+    from mug.kernels import attention_triton_tiled as tiled
+
+    delta = torch.empty_like(lse)  # rowsum(dout ∘ out), from the first kernel to the second
+    blocks = tiled_blocks("dq", q.dtype, q.shape[-1])
+    tiles = -(-longest_q // blocks["BLOCK_Q"])
+    tensors = (*rows, out, dout, lse, delta, dq)
+    tiled.dq_kernel[(tiles * heads,)](*tensors, *sizes, tiles, scale, **constants, **blocks)
+    blocks = tiled_blocks("dkdv", q.dtype, q.shape[-1])
+    tiles = -(-longest_k // blocks["BLOCK_K"])
+    tensors = (*rows, dout, lse, delta, dk, dv)
+    tiled.dkdv_kernel[(tiles * heads,)](*tensors, *sizes, tiles, scale, **constants, **blocks)
+    return dq, dk, dv
+
+
+@triton_attention_backward.register_fake
+def _(dout, q, k, v, *_):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    q, k, v, *masks = inputs[:6]
+    ctx.settings = inputs[6:]
+    out = None if is_small(q.dtype, *ctx.settings[:2]) else output[0]
+    ctx.save_for_backward(q, k, v, out, output[1], *masks)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, dout: Tensor, _) -> tuple[Tensor | None, ...]:
+    return *triton_attention_backward(dout, *ctx.saved_tensors, *ctx.settings), *(None,) * 7
+
+
+triton_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _row_values(q: Tensor) -> Tensor:
+    """Uninitialised fp32 [H, R]: one value for each head of each row, rows side by side."""
+    return torch.empty(q.shape[-2], q.shape[:-2].numel(), dtype=torch.float32, device=q.device)
+
+
+def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
+    return len(q) if cu_seqlens is None else len(cu_seqlens) - 1
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """[R, H, D] with heads side by side: a view where it can be, as it is of a projection's output."""
+    x_RHD = x.reshape(-1, *x.shape[-2:])
+    return x_RHD if x_RHD.stride()[1:] == (x.shape[-1], 1) else x_RHD.contiguous()
+
+
+def _launch_arguments(q, k, v, masks, longest_q: int, longest_k: int, causal: bool, scale: float):
+    """(what follows the tensors in every kernel, up to the number of tiles; its constants; q, k, v as rows)."""
+    from mug.kernels.attention_triton import split_head
+
+    q_RHD, k_RHD, v_RHD = (_as_rows(x) for x in (q, k, v))
+    if k_RHD.stride() != v_RHD.stride():
+        k_RHD, v_RHD = k_RHD.contiguous(), v_RHD.contiguous()
+    R, H, D = q_RHD.shape
+    D1, D2 = split_head(D)
+    sizes = (*masks, q_RHD.stride(0), k_RHD.stride(0), longest_q, longest_k, R, H)
+    flags = {"CAUSAL": causal, "PACKED": masks[0] is not None, "PADDED": masks[2] is not None}
+    return sizes, {**flags, "D": D, "D1": D1, "D2": D2}, (q_RHD, k_RHD, v_RHD)
