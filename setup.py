@@ -2,7 +2,7 @@
 
 from setuptools import setup
 
-FOLDERS = ["model", "data", "kernels", "run", "run/training"]
+FOLDERS = ["model", "data", "kernels", "run", "run/benchmarks", "run/training"]
 
 setup(
     name="mug",

@@ -14,6 +14,7 @@ without the fused losses, in memory and time. docs/benchmarks.md says what is me
 import datetime
 import importlib.metadata
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from mug.run.benchmarks.kernel_timing import (
     Stopwatch,
     Workload,
     exact_results,
+    is_right,
     measure_ceilings,
     peak_memory,
     relative_error,
@@ -45,7 +47,7 @@ from mug.run.training.errors import RunError
 def main(console: Console) -> None:
     options = parse()
     if options.op == ["model_step"]:
-        rows, faults = bench_model_step(options, console), []
+        rows, faults = bench_model_step(options, console)
     else:
         rows, faults = bench_kernels(options, console)
     if options.json:
@@ -75,6 +77,8 @@ def parse() -> Namespace:
         raise RunError(f"--device {options.device} is not one of cuda, cpu")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda: PyTorch sees no GPU here; --device cpu compares the references")
+    if os.environ.get("TRITON_INTERPRET") == "1" and options.op != ["model_step"]:
+        raise RunError("TRITON_INTERPRET=1 is set: unset it, as the speed of Triton's interpreter says nothing")
     for name in ("batch", "steps"):
         if getattr(options, name) < 1:
             raise RunError(f"--{name} must be at least 1, not {getattr(options, name)}")
@@ -130,7 +134,7 @@ def measure(workload: Workload, stopwatch: Stopwatch, ceilings: Ceilings) -> lis
         row = {"op": workload.op, "shape": workload.shape, "contender": contender}
         try:
             error = relative_error(results(function, workload.inputs), exact)
-            row |= {"error": error, "right": kernel_report.is_right(error, workload)}
+            row |= {"error": error, "right": is_right(error, workload)}
             peak = peak_memory(workload, contender)
             timings = time_passes(workload, contender, stopwatch)
         except Exception as reason:  # each library fails in its own way; the others are timed all the same
@@ -148,12 +152,13 @@ def measure(workload: Workload, stopwatch: Stopwatch, ceilings: Ceilings) -> lis
     return rows
 
 
-def bench_model_step(options: Namespace, console: Console) -> list[Row]:
+def bench_model_step(options: Namespace, console: Console) -> tuple[list[Row], list[str]]:
     """Training steps with the fused losses and with naive ones."""
     row = compare_steps(options.preset, options.batch, options.steps, options.device)
     for line in describe(row):
         console.say(line)
-    return [row]
+    difference = row["largest_loss_difference"]
+    return [row], [] if difference <= row["tolerance"] else [f"the losses of the two sides differ by {difference:.1e}"]
 
 
 if __name__ == "__main__":

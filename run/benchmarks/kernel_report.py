@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 
 from mug.run.benchmarks.kernel_ops import OURS
-from mug.run.benchmarks.kernel_timing import TOLERANCE, Timing, Work, Workload
+from mug.run.benchmarks.kernel_timing import Timing, Work
 
 Row = dict[str, object]
 LINE, LABELS, BARS, MARGIN = 18, 470, 500, 12  # of the picture, in pixels
@@ -110,15 +110,11 @@ def _range(values: list[float], digits: int) -> str:
 def faults(rows: list[Row]) -> list[str]:
     """What is wrong with our own kernels: wrong results, or a failure other than saying what they do not serve."""
     ours = [row for row in rows if OURS.get(row.get("op")) == row.get("contender")]
-    wrong = [f"{_name(row)}: error {row['error']:.1e}" for row in ours if row.get("pass") == "both" and not row["right"]]
+    wrong = [
+        f"{_name(row)}: error {row['error']:.1e}" for row in ours if row.get("pass") == "both" and not row["right"]
+    ]
     return wrong + [f"{_name(row)}: {row['reason']}" for row in ours if row["kind"] == "skipped" and row["failed"]]
 
 
 def _name(row: Row) -> str:
     return f"{row['op']} {row['contender']} {row['shape']}"
-
-
-def is_right(error: float, workload: Workload) -> bool:
-    """Whether the error is what rounding explains; NaN is not."""
-    dtypes = [x.dtype for x in workload.inputs if x.requires_grad]
-    return error <= TOLERANCE[dtypes[0]]
