@@ -38,7 +38,7 @@ from mug.run.benchmarks.kernel_timing import (
     results,
     time_passes,
 )
-from mug.run.benchmarks.model_step import compare_steps, describe
+from mug.run.benchmarks.model_step import WARM_UPS, compare_steps, describe
 from mug.run.training.command_line import Parser
 from mug.run.training.console import Console, run_command
 from mug.run.training.errors import RunError
@@ -154,6 +154,7 @@ def measure(workload: Workload, stopwatch: Stopwatch, ceilings: Ceilings) -> lis
 
 def bench_model_step(options: Namespace, console: Console) -> tuple[list[Row], list[str]]:
     """Training steps with the fused losses and with naive ones."""
+    console.say(f"three processes one after another, {4 * (options.steps + WARM_UPS)} steps in all")
     row = compare_steps(options.preset, options.batch, options.steps, options.device)
     for line in describe(row):
         console.say(line)
