@@ -1,6 +1,7 @@
 """The commands that users type, and what they leave behind."""
 
 import pytest
+import torch
 from launch import PYTHON, TOY, deepspeed, losses, pretrain, rows, torchrun
 
 STEPS = ("--trainer.max_steps", "3", *TOY)
@@ -36,3 +37,18 @@ def test_zero_stages_and_ranks_give_the_same_losses(tmp_path):
     for name, curve in curves.items():
         for mine, other in zip(curve, curves["zero0"], strict=True):
             assert mine == pytest.approx(other, abs=1e-4), f"{name}, step {mine['step']}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernel runs anyway")
+def test_zero3_trains_on_the_triton_kernel_as_on_the_reference(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    curves = {}
+    for backend in ("reference", "triton"):
+        monkeypatch.setenv("MUG_MASKED_PATCH_LOSS_BACKEND", backend)
+        done = pretrain(tmp_path / backend, *STEPS, launcher=deepspeed(1))
+        assert done.returncode == 0, done.stdout + done.stderr
+        curves[backend] = losses(tmp_path / backend) + losses(tmp_path / backend, "eval")
+    assert curves["triton"] != curves["reference"]  # to the last bit: it did run
+    for mine, other in zip(curves["triton"], curves["reference"], strict=True):
+        assert mine == pytest.approx(other, abs=1e-5)

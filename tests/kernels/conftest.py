@@ -4,6 +4,13 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes `device` is worth running on a GPU."""
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("gpu")
+
+
 @pytest.fixture
 def device() -> str:
     """Where Triton runs: a GPU, or else its interpreter."""

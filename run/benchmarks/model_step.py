@@ -1,0 +1,152 @@
+"""Training steps of MUG with its fused losses, and with the losses as they are first written down.
+
+Each side runs alone in a fresh process, which yields its peak memory and its loss curve; a third process lets both
+take turns on one model, which yields times that a machine of drifting speed slows alike.
+
+    python -m mug.run.benchmarks.model_step '{"paths": ["fused"], "preset": "tiny", ...}'   # one such process
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mug.data.stream import Batch
+from mug.model.mug import MUG
+from mug.model.presets import ModelConfig, Vocabulary, resolve
+from mug.run.benchmarks.kernel_ops import every_patch_loss
+from mug.run.training.errors import RunError
+
+VOCABULARY = Vocabulary(30522, pad=0, bos=1, eos=2, mask=3)  # as large as BERT's
+WEIGHTS = {"pixels": 1.0, "caption": 0.1}
+LEARNING_RATE = 1e-4
+WARM_UPS = 1  # turns that are not timed
+TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # of the curves, relative: fp32, and bf16 where no sum has a fixed order
+
+
+def fused_losses(model: MUG, batch: Batch) -> dict[str, Tensor]:
+    return model(batch)[0]
+
+
+def naive_losses(model: MUG, batch: Batch) -> dict[str, Tensor]:
+    """The target of every patch and the logits of every token, padding included."""
+    image, tokens, position = batch["image"], batch["tokens"], batch["position"]
+    visible_BK, masked_BM = model.forward_mask(position)
+    encoded_BLD = model.encoder(image, visible_BK)
+    prediction_BMP = model.pixel_decoder(encoded_BLD, visible_BK, masked_BM)
+    pixels = every_patch_loss(image, prediction_BMP, masked_BM, patch_size=model.config.patch_size)
+    task = model.captioning(tokens, position, model.vocabulary, model.seed)
+    logits_BTV = model.text_decoder.head(model.text_decoder(task.inputs, encoded_BLD))
+    pad = model.vocabulary.pad
+    caption = F.cross_entropy(logits_BTV.float().flatten(0, 1), task.targets.flatten(), ignore_index=pad)
+    return {"pixels": pixels, "caption": caption}
+
+
+PATHS: dict[str, Callable[[MUG, Batch], dict[str, Tensor]]] = {"fused": fused_losses, "naive": naive_losses}
+
+
+def compare_steps(preset: str, batch: int, steps: int, device: str) -> dict[str, Any]:
+    """Peak memory, time and loss curves of both sides, as one row of figures."""
+    options = {"preset": preset, "batch": batch, "steps": steps, "device": device}
+    alone = {path: _in_a_process({"paths": [path], **options}) for path in PATHS}
+    turns = _in_a_process({"paths": list(PATHS), **options})
+    curves = {path: alone[path]["losses"][path] for path in PATHS}
+    differences = [
+        abs(fused[term] - naive[term]) / abs(naive[term])
+        for fused, naive in zip(curves["fused"], curves["naive"], strict=True)
+        for term in WEIGHTS
+    ]
+    row = {"kind": "model_step", **options, "device": alone["fused"]["device"], "torch": torch.__version__}
+    for path in PATHS:
+        row[f"{path}_peak_mb"] = alone[path]["peak_mb"]
+        row[f"{path}_before_mb"] = alone[path]["before_mb"]
+        row[f"{path}_ms"] = 1e3 * statistics.median(turns["seconds"][path])
+    row["saving"] = 1 - row["fused_peak_mb"] / row["naive_peak_mb"]
+    ratios = [a / b for a, b in zip(turns["seconds"]["fused"], turns["seconds"]["naive"], strict=True)]
+    row["time_ratio"] = statistics.median(ratios)
+    # Not Python's max, which passes over NaN.
+    return {**row, "largest_loss_difference": torch.tensor(differences).max().item(), "tolerance": TOLERANCE[device]}
+
+
+def describe(row: dict[str, Any]) -> Iterator[str]:
+    """The row in words."""
+    yield f"model_step: {row['preset']}, batch {row['batch']}, {row['device']}, PyTorch {row['torch']}"
+    for path in PATHS:
+        peak, before = row[f"{path}_peak_mb"], row[f"{path}_before_mb"]
+        yield f"{path}: peak {peak:.0f} MB, of which {before:.0f} MB before the first step; {row[f'{path}_ms']:.0f} ms"
+    yield (
+        f"fused over naive: {100 * row['saving']:.1f}% less peak memory, {row['time_ratio']:.3f} of the time"
+        f" (median of {row['steps']} turns); losses of {row['steps'] + WARM_UPS} steps differ by at most"
+        f" {row['largest_loss_difference']:.1e}"
+    )
+
+
+def _in_a_process(options: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, "-m", __name__, json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = next(reversed(done.stderr.splitlines()), "killed, perhaps for want of memory")
+        raise RunError(f"the process of {' and '.join(options['paths'])} ended with {done.returncode}: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_steps(paths: list[str], preset: str, batch: int, steps: int, device: str) -> dict[str, Any]:
+    """Steps of the paths in turn, on one model; each turn has a batch of its own."""
+    config = resolve(ModelConfig(preset))
+    torch.manual_seed(0)
+    model = MUG(config, VOCABULARY).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    seconds: dict[str, list[float]] = {path: [] for path in paths}
+    losses: dict[str, list[dict[str, float]]] = {path: [] for path in paths}
+    before = _peak_mb(device)
+    for turn in range(WARM_UPS + steps):
+        samples = {name: x.to(device) for name, x in synthetic_batch(config, batch, turn).items()}
+        for path in paths:
+            begin = time.perf_counter()
+            figures = _step(PATHS[path], model, optimizer, samples)
+            losses[path].append({term: loss.item() for term, loss in figures.items()})  # waits for a GPU
+            if turn >= WARM_UPS:
+                seconds[path].append(time.perf_counter() - begin)
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    return {"before_mb": before, "peak_mb": _peak_mb(device), "seconds": seconds, "losses": losses, "device": name}
+
+
+def _step(losses_of: Callable, model: MUG, optimizer: torch.optim.Optimizer, batch: Batch) -> dict[str, Tensor]:
+    kind = batch["image"].device.type
+    with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+        losses = losses_of(model, batch)
+    sum(WEIGHTS[term] * loss for term, loss in losses.items()).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {term: loss.detach() for term, loss in losses.items()}
+
+
+def synthetic_batch(config: ModelConfig, size: int, seed: int) -> Batch:
+    """Random pixels, and captions that fill half of the text."""
+    generator = torch.Generator().manual_seed(seed)
+    side, length = config.image_size, config.text_length
+    tokens = torch.randint(4, VOCABULARY.size, (size, length), generator=generator)
+    tokens[:, 0] = VOCABULARY.bos
+    tokens[:, length // 2] = VOCABULARY.eos
+    tokens[:, length // 2 + 1 :] = VOCABULARY.pad
+    image = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
+    return {"image": image, "tokens": tokens, "position": torch.arange(size) + seed * size}
+
+
+def _peak_mb(device: str) -> float:
+    """Most memory that the process has used so far: of the GPU, or resident in the machine's."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_steps(**json.loads(sys.argv[1]))))

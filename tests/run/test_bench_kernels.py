@@ -1,0 +1,265 @@
+"""The kernel benchmark: its figures by hand, its rows from the real script, and what it makes of wrong kernels."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mug.model.mug import MUG
+from mug.model.presets import ModelConfig, resolve
+from mug.run import bench_kernels
+from mug.run.benchmarks import kernel_report, model_step
+from mug.run.benchmarks.kernel_ops import attention_work, head_work, patch_work
+from mug.run.benchmarks.kernel_timing import Ceilings, Stopwatch, Timing, Work, Workload, relative_error
+from mug.run.training.errors import RunError
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(*options: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "run/bench_kernels.py", *options]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory) -> tuple[str, list[dict], Path]:
+    """What the script printed, its rows and its picture."""
+    folder = tmp_path_factory.mktemp("bench")
+    files = ("--json", str(folder / "rows.jsonl"), "--png", str(folder / "bars.png"))
+    done = start("--device", "cpu", "--seconds", "0", *files)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, read(folder / "rows.jsonl"), folder / "bars.png"
+
+
+def test_the_device_and_its_ceilings_are_named(benchmark):
+    printed, (machine, *rows), _ = benchmark
+    assert machine["kind"] == "machine" and machine["device"].startswith("CPU, ")
+    assert machine["device"] in printed.splitlines()[0] and f"PyTorch {torch.__version__}" in printed.splitlines()[0]
+    assert machine["copy_gbytes_per_s"] > 0.1 and machine["matmul_tflops"] > 1e-4
+    assert all(row["device"] == machine["device"] for row in rows)
+
+
+def test_every_contender_has_three_passes_or_a_reason(benchmark):
+    printed, (_, *rows), _ = benchmark
+    timed = [row for row in rows if row["kind"] == "time"]
+    assert {row["op"] for row in timed} == {"masked_patch_loss", "linear_cross_entropy", "attention"}
+    contenders = {(row["op"], row["shape"], row["contender"]) for row in timed}
+    for contender in contenders:
+        mine = [row for row in timed if (row["op"], row["shape"], row["contender"]) == contender]
+        assert [row["pass"] for row in mine] == ["forward", "backward", "both"]
+        assert all(0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] and row["runs"] == 5 for row in mine)
+        assert all(row["error"] < 1e-5 and row["right"] and row["peak_mb"] is None for row in mine)
+    skipped = [row for row in rows if row["kind"] == "skipped"]
+    assert len(skipped) + len(contenders) == len({tuple(row[k] for k in ("op", "shape", "contender")) for row in rows})
+    triton = [row for row in skipped if (row["op"], row["contender"]) == ("masked_patch_loss", "triton")]
+    assert len(triton) == 2 and all("needs TRITON_INTERPRET=1" in row["reason"] for row in triton)
+    assert all(row["reason"] in printed for row in skipped)
+
+
+def test_the_share_of_the_roofline_follows_from_the_measured_ceilings(benchmark):
+    _, (machine, *rows), _ = benchmark
+    counted = [row for row in rows if row["kind"] == "time" and row["roofline"] is not None]
+    assert {row["op"] for row in counted if row["pass"] == "backward"} == {"attention"}
+    for row in counted:
+        memory = row["gbytes_per_s"] / machine["copy_gbytes_per_s"]
+        arithmetic = row["tflops"] / machine["matmul_tflops"]
+        assert row["roofline"] == pytest.approx(max(memory, arithmetic))
+    eager = [row for row in counted if (row["op"], row["contender"]) == ("linear_cross_entropy", "reference")]
+    assert [row["tflops"] * row["median_ms"] for row in eager] == pytest.approx([6 * 512 * 4096 * 192 / 1e9])
+
+
+def test_the_picture_has_a_bar_for_every_contender(benchmark):
+    _, (_, *rows), path = benchmark
+    image = Image.open(path).convert("RGB")
+    line = kernel_report.LABELS + 1
+    column = [image.getpixel((line, y)) for y in range(image.height)]
+    blue, grey = (31, 111, 180), (184, 196, 206)
+    bars = [a for a, b in itertools.pairwise(column) if a != b and a in (blue, grey)]
+    both = [row for row in rows if row["kind"] == "time" and row["pass"] == "both"]
+    assert bars == [blue if row["contender"] == "chunked" else grey for row in both]
+
+
+def test_least_work_by_hand():
+    # an image: 147 patches of 768 values, 112,896 bytes of pixels, twice 225,792 of bf16, 147 indices
+    assert patch_work(256, 147, 768, 2) == Work(256 * (112_896 + 2 * 225_792 + 1_176), 0.0)
+    # 1 token, vocabulary 2, width 3 in fp32: 6 multiply-adds a product; (3 + 6) values in and out, one index
+    assert head_work(1, 2, 3, 4) == Work(2 * 9 * 4 + 8, 36.0)
+    work = attention_work((1, 2, 3, 1, 5), causal=False, element_size=2)
+    # q and output have 10 values, k and v 15; a product has 30 multiply-adds
+    assert work["forward"] == Work(2 * (10 + 10 + 15 + 15), 120.0)
+    assert work["backward"] == Work(2 * (4 * 10 + 4 * 15), 300.0)
+    assert work["both"] == Work(300, 420.0)
+    assert attention_work((1, 4, 4, 1, 5), True, 2)["forward"].flops == 2 * 2 * 4 * 4 * 5 / 2
+
+
+def test_the_slower_of_memory_and_arithmetic_is_the_roofline():
+    ceilings = Ceilings(copy=100.0, matmul=1000.0)
+    assert ceilings.share(Work(bytes=50, flops=100), seconds=2.0) == 0.25
+    assert ceilings.share(Work(bytes=50, flops=1000), seconds=2.0) == 0.5
+
+
+def test_preparation_is_not_timed():
+    stopwatch = Stopwatch(torch.device("cpu"), seconds=0)
+    timing = stopwatch.time(lambda seconds: time.sleep(seconds), lambda: time.sleep(0.02) or 0.001)
+    assert 0.001 <= timing.p20 <= timing.median < 0.015 and timing.runs == 5
+
+
+def doubled(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def refuses(x: Tensor) -> Tensor:
+    raise ValueError("not this shape")
+
+
+def breaks(x: Tensor) -> Tensor:
+    raise RuntimeError("illegal memory access\nand much more")
+
+
+@pytest.mark.parametrize(
+    "kernel, expected",
+    [
+        (lambda x: x * 1, []),
+        (doubled, ["attention triton N=3: error 1.0e+00"]),
+        (lambda x: x * torch.nan, ["attention triton N=3: error nan"]),
+        (refuses, []),
+        (breaks, ["attention triton N=3: RuntimeError: illegal memory access"]),
+    ],
+    ids=["right", "wrong", "NaN", "refuses", "breaks"],
+)
+def test_our_own_kernels_may_refuse_but_not_be_wrong(kernel, expected):
+    inputs = (torch.randn(3, requires_grad=True),)
+    contenders = {"reference": lambda x: x.clone(), "triton": kernel, "other": doubled}
+    workload = Workload("attention", "N=3", inputs, contenders, {"both": Work(12, 0)})
+    rows = bench_kernels.measure(workload, Stopwatch(torch.device("cpu"), 0), Ceilings(1e9, 1e9))
+    assert kernel_report.faults(rows) == expected
+    assert [row["contender"] for row in rows if row["kind"] == "time"][-3:] == ["other"] * 3
+    table = kernel_report.table("attention", rows)
+    assert table.row_count == 3
+
+
+def test_relative_error_is_of_the_worst_tensor():
+    exact = [torch.tensor([3.0, 4.0]), torch.tensor(2.0)]
+    assert relative_error([torch.tensor([3.0, 4.5]), torch.tensor(2.0)], exact) == pytest.approx(0.1)
+    assert relative_error([torch.tensor([3.0, 4.5]), torch.tensor(1.0)], exact) == pytest.approx(0.5)
+
+
+def test_the_summary_gives_our_shares_and_speed():
+    def row(contender, shape, milliseconds, share):
+        figures = kernel_report.time_row(Timing(milliseconds / 1e3, 0, 1, 5), Work(0, 0), share)
+        names = {"kind": "time", "pass": "both", "op": "masked_patch_loss", "shape": shape, "contender": contender}
+        return {**names, **figures}
+
+    rows = [row("triton", "a", 1, 0.8), row("reference", "a", 5, 0.1), row("triton", "b", 2, 0.9)]
+    rows += [row("reference", "b", 8, 0.1), {"kind": "skipped"}]
+    assert kernel_report.summary(rows) == (
+        "masked_patch_loss triton at 80 to 90% of the roofline, 4.00 to 5.00 times the reference's speed;"
+        " 4 timed, 1 skipped"
+    )
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--op", "softmax"], "--op softmax is not one of masked_patch_loss, linear_cross_entropy, attention;"),
+        (["--op", "attention", "model_step"], "--op model_step is not one of .*; or model_step, alone"),
+        (["--device", "tpu"], "--device tpu is not one of cuda, cpu"),
+        (["--steps", "0"], "--steps must be at least 1, not 0"),
+    ],
+)
+def test_what_is_wrong_on_the_command_line_is_named(monkeypatch, options, message):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py", *options])
+    with pytest.raises(RunError, match=message):
+        bench_kernels.parse()
+
+
+def test_the_interpreter_is_not_timed(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py"])
+    with pytest.raises(RunError, match="TRITON_INTERPRET=1 is set: unset it"):
+        bench_kernels.parse()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_cuda_ends_with_one_line():
+    done = start("--device", "cuda")
+    assert done.returncode == 2
+    assert done.stderr == "error: --device cuda: PyTorch sees no GPU here; --device cpu compares the references\n"
+
+
+def test_naive_losses_and_gradients_are_those_of_the_model():
+    small = {"width": 32, "depth": 1, "heads": 2, "pixel_width": 32, "pixel_depth": 1, "pixel_heads": 2}
+    text = {"text_width": 32, "text_heads": 2, "text_unimodal_layers": 1, "text_cross_layers": 1, "text_length": 8}
+    config = resolve(ModelConfig("tiny", image_size=32, **small, **text))
+    torch.manual_seed(0)
+    model = MUG(config, model_step.VOCABULARY)
+    batch = model_step.synthetic_batch(config, 2, seed=3)
+    gradients = []
+    for losses_of in model_step.PATHS.values():
+        losses = losses_of(model, batch)
+        gradients.append(torch.autograd.grad(losses["pixels"] + losses["caption"], list(model.parameters())))
+        gradients[-1] += (losses["pixels"], losses["caption"])
+    for fused, naive in zip(*gradients, strict=True):
+        torch.testing.assert_close(fused, naive, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_model_step_compares_memory_time_and_losses(tmp_path):
+    file = tmp_path / "step.jsonl"
+    options = ("--device", "cpu", "--preset", "tiny", "--batch", "8", "--steps", "1")
+    done = start("--op", "model_step", *options, "--json", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = read(file)
+    assert row["saving"] == pytest.approx(1 - row["fused_peak_mb"] / row["naive_peak_mb"])
+    assert all(row[f"{path}_peak_mb"] > row[f"{path}_before_mb"] > 100 for path in ("fused", "naive"))
+    assert row["time_ratio"] == pytest.approx(row["fused_ms"] / row["naive_ms"])  # one turn
+    assert row["largest_loss_difference"] < 1e-5
+    assert f"{100 * row['saving']:.1f}% less peak memory" in done.stdout
+
+
+GPU_CHECKS = """#!/bin/bash
+case "$*" in
+  -c*) exit 0 ;;
+  "-m pytest "*) echo; echo "7 passed in 1 s" ;;
+  *model_step*) echo "losses differ"; exit 1 ;;
+  *) echo "kernels at 90%"; test -n "$PYTHONPATH" ;;
+esac
+"""
+
+
+def test_gpu_checks_end_with_a_table_and_the_status_of_the_worst_part(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(GPU_CHECKS)
+    python.chmod(0o755)
+    command = ["run/gpu_checks.sh", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True)
+    assert done.returncode == 1
+    table = [line.split(maxsplit=4) for line in done.stdout.splitlines()[-3:]]
+    assert [(name, verdict, figure) for name, verdict, _, _, figure in table] == [
+        ("tests", "PASS", "7 passed in 1 s"),
+        ("kernels", "PASS", "kernels at 90%"),
+        ("model", "FAIL", "losses differ"),
+    ]
+    assert (tmp_path / "out" / "tests.log").read_text() == "\n7 passed in 1 s\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_checks_without_a_gpu_say_so(tmp_path):
+    command, environment = ["run/gpu_checks.sh", str(tmp_path)], {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "finds no GPU" in done.stderr
