@@ -35,6 +35,7 @@ from mug.run.training.errors import RunError
 from mug.run.training.evaluation import HeldOut
 from mug.run.training.losses import Means, shares, total_loss
 from mug.run.training.metrics import Meter, MetricsWriter
+from mug.run.training.phases import Phases
 from mug.run.training.recipe import Command, Recipe, parse_command
 from mug.run.training.restore import describe_model, load_engine
 from mug.run.training.saver import Saver
@@ -44,11 +45,17 @@ from mug.run.training.sharded_state import SavedState, load_weights
 
 def main(console: Console) -> None:
     # --- Parse: all that can be refused is refused here, before anything is written ---
+    phases = Phases()
+    phases.end("imports")
     command = parse_command()
     recipe = command.recipe
     rank, world = hardware.rank_and_world()
     hardware.use_cores()
     check_batch(recipe.trainer.global_batch, recipe.trainer.micro_batch, world)
+    phases.end("parse")
+    import deepspeed  # noqa: F401  it takes seconds, which a mistake above need not wait for
+
+    phases.end("import_deepspeed")
     ds_config = load_deepspeed_config(command.deepspeed, recipe_values(recipe.trainer, recipe.model.width, world))
     check_writable(command.output)
 
@@ -58,28 +65,35 @@ def main(console: Console) -> None:
     stream = open_train(recipe.data, recipe.seed, *sizes, share)
     held_out = open_held_out(recipe.data, *sizes)
     steps = count_steps(recipe, stream.samples)
+    phases.end("data")
 
     # --- Model ---
     hardware.init_distributed()
+    phases.end("process_group")
     model = build_objective(recipe, vocabulary_of(stream))
+    phases.end("model")
 
     # --- Resume: the newest whole checkpoint, if this output has one of this model ---
     resumed = hardware.on_rank_zero(lambda: find_checkpoint(command, model, console))
     hardware.on_rank_zero(lambda: lock(command.output))
     console.log_to(command.output / "logs" / f"rank{rank}.log")
+    phases.end("find_checkpoint")
 
     # --- Engine ---
     if resumed:
         load_weights(model, SavedState(resumed.folder))
+    phases.end("load_weights")
     engine = build_engine(model, ds_config, recipe.trainer)
+    phases.end("engine")
     if resumed:
         load_engine(engine, resumed)
         stream.load_state_dict(resumed.manifest["data"])
+    phases.end("load_optimizer")
 
     # --- Loop ---
     if held_out is not None:
         held_out = HeldOut(held_out, recipe.trainer.eval_samples, recipe.trainer.micro_batch, recipe.data.workers)
-    run = Run(command, engine, stream, held_out, steps, console)
+    run = Run(command, engine, stream, held_out, steps, console, phases)
     introduce(run, resumed)
     train(run, done=resumed.step if resumed else 0)
     dist.barrier()
@@ -189,6 +203,7 @@ class Run:
     held_out: HeldOut | None
     steps: int
     console: Console
+    phases: Phases
 
     @property
     def recipe(self) -> Recipe:
@@ -225,17 +240,20 @@ def train(run: Run, done: int) -> None:
     meter = Meter(run.recipe, run.engine.module.vocabulary.size)
     run.console.start_bar(run.steps, done)
     with open_metrics(run, done) as metrics:
-        if metrics and done < run.steps:
-            metrics.write("event", done, {"event": "resume" if done else "start", **circumstances(run)})
         saver = Saver(run.engine, run.command.output, run.recipe.checkpoint, partial(record_save, metrics))
+        run.phases.end("metrics")
         batches = iter(run.stream)
         for step in range(done + 1, run.steps + 1):
             last = step == run.steps
             with meter.waiting():
                 micro_batches = next(batches)
+            run.phases.end("first_batch")
             learning_rate = schedule(step * trainer.global_batch)
             set_learning_rate(run.engine, learning_rate)
             means = train_step(run.engine, micro_batches, run.recipe.loss_weights)
+            run.phases.end("first_step")
+            if metrics and step == done + 1:
+                metrics.write("event", done, {"event": "resume" if done else "start", **circumstances(run)})
             run.stream.advance()
             line, logged = None, step % trainer.log_every == 0
             to_save = last or step % run.recipe.checkpoint.every_steps == 0 or (logged and saver.time_is_up())
@@ -266,13 +284,14 @@ def train_step(engine: Any, micro_batches: list[Batch], weights: dict[str, float
 
 
 def circumstances(run: Run) -> dict[str, Any]:
-    """What a curve should be read beside: the place in the data, ranks, device and versions."""
+    """What a curve should be read beside: the place in the data, ranks, device, versions; and how long it took here."""
     return {
         "position": run.stream.next_position,
         "world_size": dist.get_world_size(),
         "zero_stage": run.engine.zero_optimization_stage(),
         "device": hardware.describe_device(),
         **{name: version(name) for name in ("torch", "deepspeed", "timm")},
+        **run.phases.figures(),
     }
 
 

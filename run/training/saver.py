@@ -49,7 +49,7 @@ class Saver:
         self.engine, self.output, self.config, self.committed = engine, output, config, committed
         self.pending: Save | None = None
         self.last = time.monotonic()
-        self.thread = ThreadPoolExecutor(1)
+        self.thread = ThreadPoolExecutor(1, initializer=hardware.use_device)
         # Now, because memory that was never touched takes longer to fill than to write to a disk.
         self.host: Future | None = self.thread.submit(_host_buffer, engine) if config.asynchronous else None
 
@@ -73,6 +73,7 @@ class Saver:
         state = state_of(self.engine, owned(self.engine))
         if self.host is not None:
             state = _copy(state, self.host.result())
+        hardware.wait_for_device()  # the copies; or the step, whose results the thread is about to read
         written = self.thread.submit(_write, partial, dist.get_rank(), dist.get_world_size(), state)
         manifest = {**manifest, "adam_steps": adam_steps(self.engine)}
         self.pending = Save(step, manifest, attached, written, time.monotonic() - begin)
@@ -140,15 +141,13 @@ def _host_buffer(engine: Any) -> Tensor:
 
 
 def _copy(state: State, host: Tensor) -> State:
-    """The state as it is now, in host memory."""
+    """The state as it is now, in host memory once the device is done."""
     copied, used = {}, 0
     for kind, pieces in state.items():
         copied[kind] = {}
         for piece, values in pieces.items():
             copied[kind][piece] = host[used : used + len(values)].copy_(values, non_blocking=True)
             used += len(values)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
     return copied
 
 
