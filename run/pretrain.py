@@ -16,7 +16,7 @@ import dataclasses
 import fcntl
 import math
 import os
-import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,18 +36,27 @@ from mug.run.training.errors import RunError
 from mug.run.training.evaluation import HeldOut
 from mug.run.training.losses import Means, shares, total_loss
 from mug.run.training.metrics import Meter, MetricsWriter, WaitAlarm
+from mug.run.training.phases import Phases
 from mug.run.training.recipe import Command, Recipe, parse_command
-from mug.run.training.restore import describe_model
+from mug.run.training.restore import describe_model, load_engine
+from mug.run.training.saver import Saver
 from mug.run.training.schedule import CosineSchedule
+from mug.run.training.sharded_state import SavedState, load_weights
 
 
 def main(console: Console) -> None:
     # --- Parse: all that can be refused is refused here, before anything is written ---
+    phases = Phases()
+    phases.end("imports")
     command = parse_command()
     recipe = command.recipe
     rank, world = hardware.rank_and_world()
     hardware.use_cores()
     check_batch(recipe.trainer.global_batch, recipe.trainer.micro_batch, world)
+    phases.end("parse")
+    import deepspeed  # noqa: F401  it takes seconds, which a mistake above need not wait for
+
+    phases.end("import_deepspeed")
     ds_config = load_deepspeed_config(command.deepspeed, recipe_values(recipe.trainer, recipe.model.width, world))
     check_writable(command.output)
 
@@ -57,28 +66,36 @@ def main(console: Console) -> None:
     stream = open_train(recipe.data, recipe.seed, *sizes, share)
     held_out = open_held_out(recipe.data, *sizes)
     steps = count_steps(recipe, stream.samples)
+    phases.end("data")
 
     # --- Model ---
     hardware.init_distributed()
+    phases.end("process_group")
     model = build_objective(recipe, vocabulary_of(stream))
+    phases.end("model")
 
     # --- Resume: the newest whole checkpoint, if this output has one of this model ---
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-    resumed = hardware.on_rank_zero(lambda: find_checkpoint(command, model, stage, console))
+    resumed = hardware.on_rank_zero(lambda: find_checkpoint(command, model, console))
     hardware.on_rank_zero(lambda: lock(command.output))
     console.log_to(command.output / "logs" / f"rank{rank}.log")
+    phases.end("find_checkpoint")
 
     # --- Engine ---
-    engine = build_engine(model, ds_config, recipe.trainer)
     if resumed:
-        checkpoint.load_engine(engine, resumed)
+        load_weights(model, SavedState(resumed.folder))
+    phases.end("load_weights")
+    engine = build_engine(model, ds_config, recipe.trainer)
+    phases.end("engine")
+    if resumed:
+        load_engine(engine, resumed)
         stream.load_state_dict(resumed.manifest["data"])
+    phases.end("load_optimizer")
     ledger = open_ledger(command, stream, resumed)
 
     # --- Loop ---
     if held_out is not None:
         held_out = HeldOut(held_out, recipe.trainer.eval_samples, recipe.trainer.micro_batch, recipe.data.workers)
-    run = Run(command, engine, stream, ledger, held_out, steps, console)
+    run = Run(command, engine, stream, ledger, held_out, steps, console, phases)
     introduce(run, resumed)
     done = resumed.step if resumed else 0
     if done < steps:
@@ -138,10 +155,8 @@ def build_objective(recipe: Recipe, vocabulary: Vocabulary) -> torch.nn.Module:
 # --- Resume -----------------------------------------------------------------------------------------------
 
 
-def find_checkpoint(
-    command: Command, model: torch.nn.Module, stage: int, console: Console
-) -> checkpoint.Checkpoint | None:
-    """The checkpoint to go on from.
+def find_checkpoint(command: Command, model: torch.nn.Module, console: Console) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from, of any number of ranks and any ZeRO stage.
 
     Raises:
         RunError: it is of another model, or of a run whose samples or shards would not fit this one's.
@@ -156,18 +171,12 @@ def find_checkpoint(
                         f"{found.folder} is a checkpoint of another model: {section} {name} is {theirs} there,"
                         f" {mine[section].get(name)} here; change the recipe back, or name another --output"
                     )
-        written = found.manifest
-        must_agree = {
-            "ranks": (written["world_size"], dist.get_world_size()),
-            "ZeRO stage": (written["zero_stage"], stage),
-            "global batch": (written["recipe"]["trainer"]["global_batch"], command.recipe.trainer.global_batch),
-        }
-        for name, (theirs, ours) in must_agree.items():
-            if theirs != ours:
-                raise RunError(
-                    f"{found.folder} was written with {name} {theirs}, this run has {ours}; start it as it was, or"
-                    " name another --output"
-                )
+        theirs, ours = found.manifest["recipe"]["trainer"]["global_batch"], command.recipe.trainer.global_batch
+        if theirs != ours:
+            raise RunError(
+                f"{found.folder} was written with global batch {theirs}, this run has {ours}; start it as it was, or"
+                " name another --output"
+            )
     return found
 
 
@@ -208,6 +217,7 @@ class Run:
     held_out: HeldOut | None
     steps: int
     console: Console
+    phases: Phases
 
     @property
     def recipe(self) -> Recipe:
@@ -250,19 +260,24 @@ def train(run: Run, done: int) -> None:
     alarm = WaitAlarm(run.recipe.data.workers)
     run.console.start_bar(run.steps, done)
     with open_metrics(run, done) as metrics:
-        if metrics:
-            metrics.write("event", done, {"event": "resume" if done else "start", **circumstances(run)})
+        saver = Saver(run.engine, run.command.output, run.recipe.checkpoint, partial(record_save, metrics))
+        run.phases.end("metrics")
         batches = iter(run.stream)
         for step in range(done + 1, run.steps + 1):
             last = step == run.steps
             with meter.waiting():
                 micro_batches = next(batches)
+            run.phases.end("first_batch")
             learning_rate = schedule((step - 0.5) * trainer.global_batch)
             set_learning_rate(run.engine, learning_rate)
             means = train_step(run.engine, micro_batches, run.recipe.loss_weights)
+            run.phases.end("first_step")
+            if metrics and step == done + 1:
+                metrics.write("event", done, {"event": "resume" if done else "start", **circumstances(run)})
             run.stream.advance()
-            line, to_save = None, step % run.recipe.checkpoint.every_steps == 0 or last
-            if step % trainer.log_every == 0 or to_save:
+            line, logged = None, step % trainer.log_every == 0
+            to_save = last or step % run.recipe.checkpoint.every_steps == 0 or (logged and saver.time_is_up())
+            if logged or to_save:
                 figures = {**means.reduce(run.recipe.loss_weights), "lr": learning_rate, **meter.read()}
                 line = log_step(run, metrics, step, figures)
                 if late := alarm.check(figures["data_wait"]):
@@ -272,7 +287,10 @@ def train(run: Run, done: int) -> None:
                 if run.held_out and (step % trainer.eval_every == 0 or last):
                     evaluate(run, metrics, step)
                 if to_save:
-                    save(run, metrics, step)
+                    save(run, saver, metrics, step)
+                elif logged:
+                    saver.poll()
+        saver.finish()
 
 
 def train_step(engine: Any, micro_batches: list[Batch], weights: dict[str, float]) -> Means:
@@ -288,13 +306,14 @@ def train_step(engine: Any, micro_batches: list[Batch], weights: dict[str, float
 
 
 def circumstances(run: Run) -> dict[str, Any]:
-    """What a curve should be read beside: the place in the data, ranks, device and versions."""
+    """What a curve should be read beside: the place in the data, ranks, device, versions; and how long it took here."""
     return {
         "position": run.stream.next_position,
         "world_size": dist.get_world_size(),
         "zero_stage": run.engine.zero_optimization_stage(),
         "device": hardware.describe_device(),
         **{name: version(name) for name in ("torch", "deepspeed", "timm")},
+        **run.phases.figures(),
     }
 
 
@@ -341,9 +360,8 @@ def _line(figures: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if name.startswith(("loss/", "acc")))
 
 
-def save(run: Run, metrics: MetricsWriter | None, step: int) -> None:
-    """Commit a checkpoint: weights, optimizer, the data's state, and what generate.py needs."""
-    begin = time.perf_counter()
+def save(run: Run, saver: Saver, metrics: MetricsWriter | None, step: int) -> None:
+    """Save weights, optimizer, the data's state, and what generate.py needs."""
     if metrics:
         metrics.flush()
     state = {
@@ -353,10 +371,12 @@ def save(run: Run, metrics: MetricsWriter | None, step: int) -> None:
         "world_size": dist.get_world_size(),
         "zero_stage": run.engine.zero_optimization_stage(),
     }
-    attached = {"tokenizer.json": run.stream.tokenizer.to_json()}
-    checkpoint.save(run.engine, run.command.output, step, state, attached, run.recipe.checkpoint.keep)
+    saver.save(step, state, {"tokenizer.json": run.stream.tokenizer.to_json()})
+
+
+def record_save(metrics: MetricsWriter | None, step: int, seconds: dict[str, float]) -> None:
     if metrics:
-        metrics.write("event", step, {"event": "checkpoint", "seconds": time.perf_counter() - begin})
+        metrics.write("event", step, {"event": "checkpoint", **seconds})
 
 
 if __name__ == "__main__":

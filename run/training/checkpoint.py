@@ -1,9 +1,9 @@
 """Checkpoints that a crash at any moment leaves loadable, and damage cannot enter.
 
-A checkpoint is DeepSpeed's sharded folder plus `manifest.json`. The order of a save is the promise: all ranks
-write into `checkpoint-STEP.partial`, fsync, the manifest with every file's SHA-256 (and its own) is written, the
-folder takes its name, `latest` is replaced (for DeepSpeed's own tools), old ones go. A folder without a manifest that
-agrees is never loaded.
+A checkpoint is a folder of files and `manifest.json`. The order of a save is the promise: all ranks write their files
+into `checkpoint-STEP.partial` and fsync them (saver.py), the manifest with every file's SHA-256 (and its own) is
+written, the folder takes its name, `latest` is replaced, old ones go. A folder without a manifest that agrees is never
+loaded.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from mug.run.training.errors import RunError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -34,42 +35,37 @@ class Checkpoint:
         return self.manifest["step"]
 
 
-def save(engine: Any, output: Path, step: int, state: dict[str, Any], attached: dict[str, str], keep: int) -> None:
-    """Commit the engine's state as OUTPUT/checkpoint-STEP; called by all ranks.
+def open_partial(output: Path, step: int) -> Path:
+    """An empty folder for the files of a checkpoint; what earlier saves left unfinished goes, for it takes room."""
+    for left in output.glob("checkpoint-*.partial"):
+        shutil.rmtree(left)
+    partial = output / f"checkpoint-{step}.partial"
+    partial.mkdir(parents=True)
+    return partial
+
+
+def commit(
+    output: Path, step: int, files: dict[str, dict], state: dict[str, Any], attached: dict[str, str], keep: int
+) -> None:
+    """Make OUTPUT/checkpoint-STEP of its partial folder; called by one rank, when all have written.
 
     Args:
-        engine: DeepSpeed's engine.
+        files: by name, what all ranks have written and fsynced: at least `size` and `sha256`.
         state: JSON values that go into the manifest (data state, recipe, vocabulary).
-        attached: texts by file name, stored beside the shards.
+        attached: texts by file name, stored beside those files.
         keep: how many of the newest checkpoints remain.
     """
-    import torch.distributed as dist
-
-    rank, world = dist.get_rank(), dist.get_world_size()
-    final = output / f"checkpoint-{step}"
-    partial = output / f"checkpoint-{step}.partial"
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)  # of this step, but found damaged when the run resumed
-    dist.barrier()
-    engine.save_checkpoint(str(output), tag=partial.name, save_latest=False)
-    if rank == 0:
-        for name, text in attached.items():
-            (partial / name).write_text(text)
-    dist.barrier()
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    mine = {str(path.relative_to(partial)): _seal(path) for path in files[rank::world]}
-    sealed: list[dict[str, dict]] = [{}] * world
-    dist.all_gather_object(sealed, mine)
-    if rank == 0:
-        merged = dict(sorted(item for part in sealed for item in part.items()))
-        manifest = {"format": FORMAT, "step": step, "files": merged, **state}
-        _write_text(partial / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
-        _sync_folder(partial)
-        os.replace(partial, final)
-        _write_text(output / "latest", final.name)
-        _prune(output, keep, step)
-    dist.barrier()
+    partial, final = output / f"checkpoint-{step}.partial", output / f"checkpoint-{step}"
+    for name, text in attached.items():
+        (partial / name).write_text(text)
+    seals = {**files, **{name: _seal(partial / name) for name in attached}}
+    manifest = {"format": FORMAT, "step": step, "files": dict(sorted(seals.items())), **state}
+    _write_text(partial / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
+    _sync_folder(partial)
+    shutil.rmtree(final, ignore_errors=True)  # of this step, but found damaged when the run resumed
+    os.replace(partial, final)
+    _write_text(output / "latest", final.name)
+    _prune(output, keep, step)
 
 
 def newest(output: Path, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -106,12 +102,16 @@ def verify(folder: Path) -> Checkpoint:
         RunError: names the file that is missing or damaged.
     """
     manifest = read_manifest(folder)
-    for name, seal in manifest["files"].items():
+
+    def check(name: str, seal: dict[str, Any]) -> None:
         path = folder / name
         if not path.is_file():
             raise RunError(f"{folder}: {name} is missing")
         if path.stat().st_size != seal["size"] or _sha256(path) != seal["sha256"]:
             raise RunError(f"{folder}: {name} is damaged (its SHA-256 is not the manifest's)")
+
+    with ThreadPoolExecutor() as pool:  # hashing frees the interpreter
+        list(pool.map(check, *zip(*manifest["files"].items(), strict=True)))
     return Checkpoint(folder, manifest)
 
 
@@ -132,35 +132,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.pop("sha256", None) != _digest(manifest):
         raise RunError(f"{folder}: {MANIFEST} is damaged (its SHA-256 is not its own)")
     return manifest
-
-
-def load_engine(engine: Any, checkpoint: Checkpoint) -> None:
-    """Restore weights and optimizer state on all ranks; AdamW's settings stay those of this run.
-
-    Raises:
-        RunError: DeepSpeed finds nothing to load.
-    """
-    settings = [{name: group[name] for name in ("betas", "weight_decay")} for group in engine.optimizer.param_groups]
-    path, _ = engine.load_checkpoint(
-        str(checkpoint.folder.parent), tag=checkpoint.folder.name, load_lr_scheduler_states=False
-    )
-    if path is None:
-        raise RunError(f"{checkpoint.folder}: DeepSpeed found nothing to load in it")
-    for group, ours in zip(engine.optimizer.param_groups, settings, strict=True):
-        group.update(ours)
-
-
-def consolidated_weights(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The model's fp32 state dict, put together from the shards of any number of ranks, on the CPU."""
-    import torch
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    if checkpoint.manifest["zero_stage"] > 0:
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.folder.parent), checkpoint.folder.name)
-    # Written by us, and its SHA-256 agrees: DeepSpeed's file also holds objects that weights_only refuses.
-    path = checkpoint.folder / "mp_rank_00_model_states.pt"
-    weights = torch.load(path, map_location="cpu", weights_only=False)["module"]
-    return {name: tensor.float() for name, tensor in weights.items()}
 
 
 def _seal(path: Path) -> dict[str, Any]:
@@ -205,6 +176,5 @@ def _prune(output: Path, keep: int, step: int) -> None:
     folders = list_folders(output)
     later = [folder for folder in folders if _step_of(folder) > step]
     for folder in later + folders[len(later) + keep :]:
-        folder.rename(folder.with_suffix(".partial"))  # or a crash in mid-removal would leave a damaged one
-    for left in output.glob("checkpoint-*.partial"):  # of a save that a crash cut
-        shutil.rmtree(left)
+        # Renamed first, or a crash in mid-removal would leave a damaged one.
+        shutil.rmtree(folder.rename(folder.with_suffix(".partial")))

@@ -88,7 +88,6 @@ TABLE: Schema = {
             "torch_adam": bool,
             "fused": bool,
             "foreach": bool,
-            "amsgrad": bool,
             "bias_correction": bool,
             "fp32_optimizer_states": bool,
         },
@@ -132,6 +131,7 @@ TABLE: Schema = {
 
 _OWN_LOADER = "batches come from the project's own loader, which DeepSpeed does not drive"
 _DATA_PARALLEL = "the trainer is data-parallel (ZeRO) only"
+_SECOND = "checkpoints do not hold the state of a second optimizer"
 _REMOVED = "DeepSpeed has removed it"
 
 # Keys that DeepSpeed knows, or knew, and this trainer cannot honour.
@@ -146,7 +146,7 @@ REFUSED = {
     "gradient_allreduce_op": "gradients are averaged over ranks; the recipe's learning rate counts on it",
     "managed_gradient_accumulation": "accumulation is left to DeepSpeed's engine",
     "activation_checkpointing": "only models that call deepspeed.checkpointing use it, and ours do not",
-    "checkpoint.load_universal": "the trainer resumes from its own checkpoints, at the ranks and stage that wrote them",
+    "checkpoint.load_universal": "the trainer resumes from its own checkpoints, which any number of ranks can read",
     "checkpoint.use_node_local_storage": "a checkpoint is sealed in one folder that all ranks share",
     "checkpoint.writer": "a checkpoint must be whole before it is sealed",
     "compile": "it needs engine.compile(), which the trainer does not call",
@@ -170,6 +170,9 @@ REFUSED = {
     "optimizer.legacy_fusion": "it is for fp16, which the trainer does not run",
     "optimizer.params.max_grad_norm": 'use "gradient_clipping" at the top level',
     "optimizer.params.adam_w_mode": 'it does nothing for type "AdamW"',
+    "optimizer.params.amsgrad": "checkpoints hold AdamW's two moments, not a third",
+    "zero_optimization.offload_optimizer.ratio": _SECOND,
+    "zero_optimization.offload_optimizer.super_offload": _SECOND,
     "zero_optimization.zenflow": "it needs its own optimizer schedule, which the trainer does not drive",
     "zero_optimization.legacy_stage1": _REMOVED,
     "zero_optimization.elastic_checkpoint": _REMOVED + "; convert to a universal checkpoint instead",
@@ -193,7 +196,7 @@ REFUSED = {
 AUTO_IS_A_VALUE = {"data_types.keep_in_fp32_modules"}
 
 # optimizer.params that only one of the two AdamW implementations takes.
-TORCH_ADAM_ONLY = {"fused", "foreach", "amsgrad"}
+TORCH_ADAM_ONLY = {"fused", "foreach"}
 DEEPSPEED_ADAM_ONLY = {"bias_correction", "fp32_optimizer_states"}
 
 
@@ -492,6 +495,9 @@ def _check_together(config: dict[str, Any], world_size: int) -> None:
     _check_optimizer(config.get("optimizer", {}))
     if _offloads(zero, "offload_param") and stage < 3:
         raise DeepSpeedConfigError(f"zero_optimization.offload_param: needs stage 3, and the stage is {stage}")
+    for section in ("offload_param", "offload_optimizer"):
+        if zero.get(section, {}).get("device") == "nvme":
+            raise DeepSpeedConfigError(f'zero_optimization.{section}.device: "nvme" is not supported; write "cpu"')
     if _offloads(zero, "offload_optimizer"):
         if stage < 1:
             raise DeepSpeedConfigError("zero_optimization.offload_optimizer: needs stage 1, 2 or 3, not 0")

@@ -53,14 +53,25 @@ def init_distributed() -> None:
 
     # An operator for inference on CPUs that training never calls: building it takes a compiler and a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    use_device()
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False)
+
+
+def use_device() -> None:
+    """Work on this rank's GPU, where there is one; a thread that does not say so works on the first."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False)
 
 
 def device() -> torch.device:
     """The device of this rank."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def wait_for_device() -> None:
+    """Until all that was asked of the device is done; a CPU always is."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def to_device(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -63,11 +63,15 @@ class CheckpointConfig:
 
     Args:
         every_steps: steps between two checkpoints; also at the end.
+        every_minutes: also after so many minutes without one, at a step that is logged; 0 leaves it to the steps.
         keep: how many of the newest to keep.
+        asynchronous: copy the state to host memory and write it from there while training goes on.
     """
 
     every_steps: int = 1000
+    every_minutes: float = 0
     keep: int = 3
+    asynchronous: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,7 @@ LEAST = {
     "trainer.eval_every": 1,
     "trainer.eval_samples": 1,
     "checkpoint.every_steps": 1,
+    "checkpoint.every_minutes": 0,
     "checkpoint.keep": 1,
     "seed": 0,
 }

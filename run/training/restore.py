@@ -12,6 +12,7 @@ from mug.model.mug import MUG, OBJECTIVES
 from mug.model.presets import ModelConfig, Vocabulary
 from mug.run.training import checkpoint
 from mug.run.training.errors import RunError
+from mug.run.training.sharded_state import SavedState, engine_digests, load_optimizer, load_weights
 
 
 def describe_model(objective: str, model: torch.nn.Module) -> dict[str, dict[str, Any]]:
@@ -21,6 +22,23 @@ def describe_model(objective: str, model: torch.nn.Module) -> dict[str, dict[str
         "vocabulary": dataclasses.asdict(model.vocabulary),
         "config": dataclasses.asdict(model.config),
     }
+
+
+def load_engine(engine: Any, found: checkpoint.Checkpoint) -> None:
+    """Restore the optimizer's state and the engine's counters on all ranks, the model having its weights already.
+
+    AdamW's settings stay those of this run.
+
+    Raises:
+        RunError: what this run's ranks now hold is not what was saved.
+    """
+    load_optimizer(engine, SavedState(found.folder), found.manifest["adam_steps"])
+    engine.global_steps, engine.global_samples = found.step, found.step * engine.train_batch_size()
+    if (held := engine_digests(engine)) != found.manifest["digests"]:
+        raise RunError(
+            f"{found.folder} gave {held} where {found.manifest['digests']} was saved; does the DeepSpeed JSON now ask"
+            " for another precision of the optimizer's state?"
+        )
 
 
 def restore(path: Path, warn: Callable[[str], None]) -> tuple[MUG, Tokenizer, checkpoint.Checkpoint]:
@@ -39,6 +57,6 @@ def restore(path: Path, warn: Callable[[str], None]) -> tuple[MUG, Tokenizer, ch
     model = OBJECTIVES[described["objective"]["name"]](
         ModelConfig(**described["config"]), Vocabulary(**described["vocabulary"]), described["objective"]["seed"]
     )
-    model.load_state_dict(checkpoint.consolidated_weights(found))
+    load_weights(model, SavedState(found.folder))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), Tokenizer.load(found.folder / "tokenizer.json"), found

@@ -5,9 +5,12 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 
 import pytest
 from launch import PYTHON, ROOT, TOY, ZERO3, environment, losses, pretrain
+
+from mug.run.training import checkpoint
 
 OPTIONS = [
     *TOY,
@@ -24,12 +27,20 @@ def undisturbed(tmp_path_factory):
     return output
 
 
-def kill_at_a_row(output, row: int, lives: int) -> None:
-    """Start the run, and SIGKILL it in its life number `lives` as soon as its metrics hold `row` lines."""
-    command = [*PYTHON, "run/pretrain.py", "--deepspeed", ZERO3, "--output", str(output), *OPTIONS]
+def kill_when(reached: Callable[[], bool], output, *options: str) -> None:
+    """Start the run, and SIGKILL it as soon as `reached()`."""
+    command = [*PYTHON, "run/pretrain.py", "--deepspeed", ZERO3, "--output", str(output), *OPTIONS, *options]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
+    while process.poll() is None and not reached():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+
+
+def kill_at_a_row(output, row: int, lives: int) -> None:
+    """SIGKILL the run in its life number `lives` as soon as its metrics hold `row` lines."""
     metrics = output / "metrics.jsonl"
 
     def reached() -> bool:
@@ -37,10 +48,7 @@ def kill_at_a_row(output, row: int, lives: int) -> None:
         begun = text.count('"event": "start"') + text.count('"event": "resume"')
         return begun >= lives and text.count("\n") >= row
 
-    while process.poll() is None and not reached():
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    kill_when(reached, output)
 
 
 @pytest.mark.slow
@@ -58,10 +66,24 @@ def test_killed_twice_at_random_steps_gives_the_same_losses_to_the_digit(tmp_pat
 
 
 @pytest.mark.slow
+def test_killed_while_a_checkpoint_is_written_behind_training(tmp_path, undisturbed):
+    output = tmp_path / "run"
+    kill_when((output / "checkpoint-9.partial").exists, output, "--checkpoint.asynchronous", "true")
+    step = checkpoint.newest(output, warn=pytest.fail).step
+    assert step in (6, 9)  # 9 if the commit was faster than the signal
+    done = pretrain(output, *OPTIONS, "--checkpoint.asynchronous", "true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"going on after step {step}" in done.stdout
+    assert losses(output) == losses(undisturbed)
+    assert [folder.name for folder in checkpoint.list_folders(output)] == ["checkpoint-24", "checkpoint-21"]
+    assert not list(output.glob("*.partial"))
+
+
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, undisturbed):
     output = tmp_path / "run"
     shutil.copytree(undisturbed, output)
-    shard = next((output / "checkpoint-24").glob("*optim_states.pt"))
+    shard = next((output / "checkpoint-24").glob("exp_avg_sq-*.safetensors"))
     damaged = bytearray(shard.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     shard.write_bytes(damaged)

@@ -1,22 +1,40 @@
 """The commit of a checkpoint: what a crash between any two of its steps leaves, what damage does, what is kept."""
 
+import errno
 import json
-from pathlib import Path
+import os
+import threading
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import nn
 
-from mug.run.training import checkpoint, hardware
+from mug.run.training import checkpoint, hardware, saver
 from mug.run.training.errors import RunError
+from mug.run.training.recipe import CheckpointConfig
+from mug.run.training.saver import Saver
+from mug.run.training.sharded_state import Piece, SavedState
+
+WEIGHT, FIRST_MOMENT = (f"{kind}-00000-of-00001.safetensors" for kind in ("weight", "exp_avg"))
 
 
 class Engine:
-    """Writes what a DeepSpeed engine of one rank writes: files in a folder named by the tag."""
+    """What the saver asks a DeepSpeed engine of stage 0 for."""
 
-    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
-        (Path(folder) / tag).mkdir(parents=True)
-        (Path(folder) / tag / "weights.pt").write_bytes(b"weights of " + tag.encode())
-        (Path(folder) / tag / "optimizer.pt").write_bytes(b"optimizer of " + tag.encode())
+    global_rank, world_size = 0, 1
+
+    def __init__(self):
+        self.module = nn.Linear(3, 2)
+        self.optimizer = self.basic_optimizer = torch.optim.AdamW(self.module.parameters())
+        self.train()
+
+    def train(self) -> None:
+        self.module(torch.randn(1, 3)).sum().backward()
+        self.optimizer.step()
+
+    def zero_optimization_stage(self) -> int:
+        return 0
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,8 +44,20 @@ def one_rank():
     dist.destroy_process_group()
 
 
-def save(output, step: int, keep: int = 2) -> None:
-    checkpoint.save(Engine(), output, step, {"data": {"next_position": step * 8}}, {"tokenizer.json": "{}"}, keep)
+def saver_of(output, keep: int = 2, asynchronous: bool = False, **config) -> Saver:
+    return Saver(
+        Engine(), output, CheckpointConfig(keep=keep, asynchronous=asynchronous, **config), lambda step, seconds: None
+    )
+
+
+def begin(saver: Saver, step: int) -> None:
+    saver.save(step, {"data": {"next_position": step * 8}}, {"tokenizer.json": "{}"})
+
+
+def save(output, step: int, keep: int = 2, asynchronous: bool = False) -> None:
+    one = saver_of(output, keep, asynchronous)
+    begin(one, step)
+    one.finish()
 
 
 def names(output) -> list[str]:
@@ -46,7 +76,7 @@ def test_the_newest_are_kept(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.parametrize("victim", ["weights.pt", "tokenizer.json", "manifest.json"])
+@pytest.mark.parametrize("victim", [WEIGHT, FIRST_MOMENT, "tokenizer.json", "manifest.json"])
 def test_a_changed_byte_is_found_in_any_file(tmp_path, victim):
     save(tmp_path, 2)
     save(tmp_path, 4)
@@ -60,7 +90,7 @@ def test_a_changed_byte_is_found_in_any_file(tmp_path, victim):
 
 def test_without_a_whole_checkpoint_the_run_does_not_start_over(tmp_path):
     save(tmp_path, 2)
-    (tmp_path / "checkpoint-2" / "weights.pt").unlink()
+    (tmp_path / "checkpoint-2" / WEIGHT).unlink()
     with pytest.raises(RunError, match="none of its 1 checkpoints is whole"):
         newest_step(tmp_path)
     assert checkpoint.newest(tmp_path / "new", warn=print) is None
@@ -69,18 +99,22 @@ def test_without_a_whole_checkpoint_the_run_does_not_start_over(tmp_path):
 def test_a_save_after_falling_back_keeps_the_good_and_drops_the_damaged(tmp_path):
     save(tmp_path, 2, keep=1)
     save(tmp_path, 4, keep=2)
-    (tmp_path / "checkpoint-4" / "weights.pt").write_bytes(b"")
+    (tmp_path / "checkpoint-4" / WEIGHT).write_bytes(b"")
     assert newest_step(tmp_path) == 2
     save(tmp_path, 3, keep=1)
     assert names(tmp_path) == ["checkpoint-3"]
     assert newest_step(tmp_path) == 3
 
 
-@pytest.mark.parametrize("broken", ["_seal", "_write_text", "_sync_folder", "_prune"])
-@pytest.mark.parametrize("call", [1, 2, 3])
-def test_a_crash_inside_a_save_leaves_a_loadable_checkpoint(tmp_path, monkeypatch, broken, call):
+CALLS = [(checkpoint, name, call) for name in ("_seal", "_write_text", "_sync_folder", "_prune") for call in (1, 2, 3)]
+CALLS += [(saver, "write_pieces", call) for call in (1, 3)] + [(saver, "_copy", 1), (checkpoint, "open_partial", 1)]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["", "asynchronous"])
+@pytest.mark.parametrize(("module", "broken", "call"), CALLS)
+def test_a_crash_inside_a_save_leaves_a_loadable_checkpoint(tmp_path, monkeypatch, module, broken, call, asynchronous):
     save(tmp_path, 2, keep=1)
-    calls, real = 0, getattr(checkpoint, broken)
+    calls, real = 0, getattr(module, broken)
 
     def crash(*arguments):
         nonlocal calls
@@ -89,10 +123,10 @@ def test_a_crash_inside_a_save_leaves_a_loadable_checkpoint(tmp_path, monkeypatc
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(checkpoint, broken, crash)
+    monkeypatch.setattr(module, broken, crash)
     try:
-        save(tmp_path, 4, keep=1)
-    except KeyboardInterrupt:
+        save(tmp_path, 4, keep=1, asynchronous=asynchronous)
+    except (KeyboardInterrupt, RunError):
         assert newest_step(tmp_path) in (2, 4)
     else:
         assert calls < call, "the crash must reach the caller"
@@ -101,9 +135,89 @@ def test_a_crash_inside_a_save_leaves_a_loadable_checkpoint(tmp_path, monkeypatc
     assert names(tmp_path) == ["checkpoint-6"] and not list(tmp_path.glob("*.partial"))
 
 
+@pytest.fixture
+def writing(monkeypatch):
+    """Holds the thread that writes until it is set."""
+    go, real = threading.Event(), saver._write
+
+    def wait(*arguments):
+        assert go.wait(20)
+        return real(*arguments)
+
+    monkeypatch.setattr(saver, "_write", wait)
+    return go
+
+
+def test_an_asynchronous_save_keeps_the_state_of_its_step(tmp_path, writing):
+    one = saver_of(tmp_path, asynchronous=True)
+    before = one.engine.module.weight.detach().clone()
+    moment = one.engine.optimizer.state[one.engine.module.weight]["exp_avg"].clone()
+    begin(one, 2)
+    one.engine.train()
+    writing.set()
+    one.finish()
+    saved = SavedState(tmp_path / "checkpoint-2")
+    assert torch.equal(saved.read("weight", Piece("weight", 0), 6), before.flatten())
+    assert torch.equal(saved.read("exp_avg", Piece("weight", 0), 6), moment.flatten())
+    assert not torch.equal(one.engine.module.weight, before)
+    assert checkpoint.verify(tmp_path / "checkpoint-2").manifest["adam_steps"] == 1
+
+
+def test_it_is_committed_only_when_it_is_written(tmp_path, writing):
+    committed = []
+    one = saver_of(tmp_path, asynchronous=True)
+    one.committed = lambda step, seconds: committed.append((step, sorted(seconds)))
+    begin(one, 2)
+    one.poll()
+    assert names(tmp_path) == [] and committed == []
+    writing.set()
+    one.pending.written.result()
+    one.poll()
+    assert names(tmp_path) == ["checkpoint-2"] and committed == [(2, ["seconds", "write_seconds"])]
+    one.poll()
+    assert len(committed) == 1
+
+
+def test_the_next_save_waits_for_the_one_before(tmp_path, writing):
+    one = saver_of(tmp_path, asynchronous=True)
+    begin(one, 2)
+    threading.Timer(0.2, writing.set).start()
+    begin(one, 4)
+    assert names(tmp_path) == ["checkpoint-2"]
+    one.finish()
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-2"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["", "asynchronous"])
+def test_a_full_disk_is_one_line_that_names_the_folder(tmp_path, monkeypatch, asynchronous):
+    save(tmp_path, 2)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"checkpoint-4 cannot be written \(rank 0: .*No space left on device\)"):
+        save(tmp_path, 4, asynchronous=asynchronous)
+    assert newest_step(tmp_path) == 2
+
+
+def test_a_save_is_due_after_minutes_without_one(tmp_path, monkeypatch):
+    clock = 0.0
+    monkeypatch.setattr(saver.time, "monotonic", lambda: clock)
+    one, never = saver_of(tmp_path, every_minutes=0.5), saver_of(tmp_path)
+    clock = 29.0
+    assert not one.time_is_up()
+    clock = 31.0
+    assert one.time_is_up() and not never.time_is_up()
+    begin(one, 2)
+    clock = 60.0
+    assert not one.time_is_up()
+
+
 def test_the_state_comes_back_as_it_was(tmp_path):
     save(tmp_path, 2)
     manifest = checkpoint.verify(tmp_path / "checkpoint-2").manifest
     assert manifest["data"] == {"next_position": 16}
-    assert set(manifest["files"]) == {"weights.pt", "optimizer.pt", "tokenizer.json"}
+    kinds = ("weight", "exp_avg", "exp_avg_sq")
+    assert set(manifest["files"]) == {f"{kind}-00000-of-00001.safetensors" for kind in kinds} | {"tokenizer.json"}
     assert json.loads((tmp_path / "checkpoint-2" / "tokenizer.json").read_text()) == {}
