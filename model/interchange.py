@@ -114,8 +114,10 @@ def load_mae(model: MUG, state: State) -> None:
     decoder = {name: value for name, value in given.items() if name.startswith(("decoder_", "mask_token"))}
     wanted = {name: value for name, value in to_mae(model).items() if name.startswith(("decoder_", "mask_token"))}
     _check(model.pixel_decoder, decoder, wanted)
-    load_encoder(model.encoder, given)
     positions_1ND = decoder.pop("decoder_pos_embed")
+    if positions_1ND[:, 0].any():
+        raise ModelConfigError("decoder_pos_embed moves the class token, for which MAE's decoder and ours have zeros")
+    load_encoder(model.encoder, given)
     ours = {_decoder_name(name): name for name in model.pixel_decoder.state_dict()}
     model.pixel_decoder.load_state_dict({ours[name]: value for name, value in decoder.items()})
     model.pixel_decoder.positions_ND.copy_(positions_1ND[0, 1:])

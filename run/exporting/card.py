@@ -10,7 +10,7 @@ from mug.run.exporting.formats import Format
 from mug.run.training.checkpoint import Checkpoint
 from mug.run.training.metrics import read_rows
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 PAPER = "https://arxiv.org/abs/2301.07088"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from mug.kernels.masked_patch_loss import masked_patch_loss
@@ -65,7 +65,7 @@ def timm_arguments(config: ModelConfig) -> dict[str, int]:
 def write_timm(model: MUG, folder: Path) -> None:
     """model.safetensors, and config.json as timm's `local-dir:` and `hf-hub:` names read it."""
     config, side = model.config, model.config.image_size
-    save_file(interchange.to_timm(model.encoder), folder / WEIGHTS, {"format": "pt"})
+    _write_weights(folder, interchange.to_timm(model.encoder))
     pretrained = {
         "input_size": [3, side, side],
         "fixed_input_size": True,
@@ -125,8 +125,7 @@ def write_vit(model: MUG, folder: Path) -> None:
     """ViTModel. Its pooler is the identity, so that `pooler_output` is the class token and no weight is missing."""
     width = model.config.width
     pooler = {"pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
-    state = interchange.to_vit(interchange.to_timm(model.encoder)) | pooler
-    save_file(state, folder / WEIGHTS, {"format": "pt"})
+    _write_weights(folder, interchange.to_vit(interchange.to_timm(model.encoder)) | pooler)
     described = {"architectures": ["ViTModel"], "model_type": "vit", "pooler_act": "linear"}
     _write_json(folder / "config.json", described | _vit_sizes(model.config))
     write_processor(model.config, folder)
@@ -156,7 +155,7 @@ feature = output.pooler_output  # [1, {config.width}], the class token
 def write_vitmae(model: MUG, folder: Path) -> None:
     """ViTMAEForPreTraining: encoder and pixel decoder."""
     config = model.config
-    save_file(interchange.to_vitmae(interchange.to_mae(model)), folder / WEIGHTS, {"format": "pt"})
+    _write_weights(folder, interchange.to_vitmae(interchange.to_mae(model)))
     described = {
         "architectures": ["ViTMAEForPreTraining"],
         "model_type": "vit_mae",
@@ -327,6 +326,10 @@ def normalized(image_BCHW: Tensor) -> Tensor:
     """uint8 [B, 3, S, S] as the other libraries take it: fp32, less the mean, over the deviation."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
     return (image_BCHW / 255 - mean) / std
+
+
+def _write_weights(folder: Path, state: interchange.State) -> None:
+    (folder / WEIGHTS).write_bytes(save(state, {"format": "pt"}))  # save_file's are for their owner alone
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
