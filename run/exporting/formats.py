@@ -272,7 +272,7 @@ def write_onnx(model: MUG, folder: Path) -> None:
     vit = timm.create_model(architecture(config), num_classes=0, **timm_arguments(config)).eval()
     vit.load_state_dict(interchange.to_timm(model.encoder))
     program = torch.onnx.export(
-        _Tokens(vit),
+        _Tokens(vit).eval(),
         (torch.zeros(2, 3, config.image_size, config.image_size),),
         dynamo=True,
         opset_version=OPSET,
