@@ -1,0 +1,257 @@
+"""Labelled images to evaluate an encoder on, from wherever people keep them.
+
+    FOLDER                a folder per class
+    FOLDER                a Hugging Face dataset, as `save_to_disk` leaves it
+    'shards/*.tar'        tar shards whose json holds the label (--label names the key)
+    fashion-mnist:FOLDER  the four idx files, as Debian's dataset-fashion-mnist installs them; FOLDER may be left out
+    openmoji              the embedded pairs
+
+A source that holds both splits gives them by itself; else the test images are named apart.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mug.data import transforms
+from mug.data.config import DataConfig
+from mug.data.errors import DataError
+from mug.data.openmoji import ensure_openmoji
+from mug.data.shards import IMAGE, JSON, ShardIndex, expand
+from mug.run.training.errors import RunError
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp"}
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
+FASHION_MNIST_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat")
+FASHION_MNIST_NAMES += ("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+TEST_NAMES = ("test", "val", "validation")  # the first that a source has
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split as its owner keeps it: encoded images and their classes, by name.
+
+    read: image number → its bytes. name: image number → what to call it in a message. fingerprint: SHA-256 that
+    changes with the images; not with their labels.
+    """
+
+    read: Callable[[int], bytes]
+    labels: list[str]
+    name: Callable[[int], str]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def view(self, number: int, size: int) -> np.ndarray:
+        """The central square as uint8 [3, size, size], bicubic, larger or smaller than the image; grey becomes RGB.
+
+        Raises:
+            DataError: the image cannot be decoded; it is named.
+        """
+        try:
+            return transforms.eval_view(transforms.decode(self.read(number)), size)
+        except DataError as error:
+            raise DataError(f"{self.name(number)}: {error}") from error
+
+    def select(self, numbers: list[int]) -> "Source":
+        """The images of these numbers alone."""
+        digest = hashlib.sha256(f"{self.fingerprint} {numbers}".encode()).hexdigest()
+        return Source(
+            lambda i: self.read(numbers[i]), [self.labels[n] for n in numbers], lambda i: self.name(numbers[i]), digest
+        )
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Two splits whose labels (int64 [N]) number the same classes."""
+
+    train: Source
+    test: Source
+    names: list[str]
+    train_labels: np.ndarray
+    test_labels: np.ndarray
+
+
+def open_splits(data: str, test: str | None, label: str, cache: str | None) -> Splits:
+    """The images to train and to test on; see the head of this file for what `data` and `test` may say.
+
+    Args:
+        label: key of the json, or column of the dataset, that holds the class.
+        cache: folder of the embedded pairs, None for the default.
+
+    Raises:
+        RunError: a source is missing, or a class is empty, unknown or the only one.
+    """
+    kind, _, where = data.partition(":")
+    if kind == "fashion-mnist":
+        train, test_source = (open_fashion_mnist(Path(where or FASHION_MNIST), split) for split in ("train", "t10k"))
+    elif data == "openmoji":
+        train, test_source = open_openmoji(DataConfig(cache=cache).cache_folder())
+    else:
+        inside = [] if test else [name for name in TEST_NAMES if (Path(data) / name).is_dir()]
+        if not test and not inside:
+            raise RunError(f"--data {data} has no folder {', '.join(TEST_NAMES)}; name the test images with --test")
+        train = open_source(f"{data}/train" if inside else data, label)
+        test_source = open_source(test or f"{data}/{inside[0]}", label)
+    return align(train, test_source)
+
+
+def align(train: Source, test: Source) -> Splits:
+    """Number the classes of the training images, in the order of their names.
+
+    Raises:
+        RunError: a test image of a class that has no training image, or fewer than two classes.
+    """
+    names = sorted(set(train.labels))
+    if len(names) < 2:
+        raise RunError(f"the training images are all of one class ({', '.join(names)}); give at least two")
+    number = {name: i for i, name in enumerate(names)}
+    for i, name in enumerate(test.labels):
+        if name not in number:
+            raise RunError(
+                f"{test.name(i)}: its label '{name}' is none of the {len(names)} classes of the training images"
+            )
+    labels = (np.array([number[name] for name in source.labels]) for source in (train, test))
+    return Splits(train, test, names, *labels)
+
+
+def open_source(place: str, label: str) -> Source:
+    """One split: a dataset on disk, a folder per class, or shards."""
+    folder = Path(place)
+    if (folder / "state.json").is_file():
+        return open_saved_dataset(folder, label)
+    return open_folder(folder) if folder.is_dir() else open_shards(place, label)
+
+
+# --- The kinds of sources ----------------------------------------------------------------------------------
+
+
+def open_folder(folder: Path) -> Source:
+    """FOLDER/CLASS/**/IMAGE; what is no PNG, JPEG or WebP by its name is left out.
+
+    Raises:
+        RunError: a class without an image, or no class.
+    """
+    paths, labels = [], []
+    for inside in sorted(path for path in folder.iterdir() if path.is_dir()):
+        found = sorted(path for path in inside.rglob("*") if path.suffix.lower() in EXTENSIONS)
+        if not found:
+            raise RunError(f"class folder {inside} holds no image; fill it or remove it")
+        paths += found
+        labels += [inside.name] * len(found)
+    if not paths:
+        raise RunError(f"{folder} holds no class folders; give a folder per class, with the images in it")
+    stats = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    digest = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    return Source(lambda i: paths[i].read_bytes(), labels, lambda i: str(paths[i]), digest)
+
+
+def open_shards(patterns: str, label: str) -> Source:
+    """Tar shards whose samples have a json with the key `label`.
+
+    Raises:
+        DataError: missing or damaged shards.
+        RunError: a sample without a label.
+    """
+    index = ShardIndex.scan(expand(patterns))
+    labels = []
+    for row in range(len(index)):
+        try:
+            labels.append(str(json.loads(index.read(row, JSON))[label]))
+        except (ValueError, KeyError, TypeError):
+            raise RunError(f"{index.name(row)}: its json has no '{label}'; name the label's key with --label") from None
+    return Source(lambda i: index.read(i, IMAGE), labels, index.name, index.fingerprint())
+
+
+def open_openmoji(cache: Path) -> tuple[Source, Source]:
+    """The embedded pairs, labelled by emoji without its variant (skin tones); a held-out variant of an emoji that
+    has no other one cannot be told from training images, and is left out."""
+    folder = ensure_openmoji(cache)
+    train, test = (open_shards(f"{folder}/{split}-*.tar", "group") for split in ("train", "held_out"))
+    known = set(train.labels)
+    return train, test.select([i for i, name in enumerate(test.labels) if name in known])
+
+
+def open_saved_dataset(folder: Path, label: str) -> Source:
+    """A Hugging Face dataset on disk, read through Arrow: its first image column, and `label`.
+
+    Raises:
+        RunError: no such column, a label out of range, or images that are not in the files.
+    """
+    import pyarrow as pa
+
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        features = json.loads((folder / "dataset_info.json").read_text())["features"]
+        streams = [pa.ipc.open_stream(pa.memory_map(str(folder / file["filename"]))) for file in state["_data_files"]]
+        table = pa.concat_tables(stream.read_all() for stream in streams)
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise RunError(f"{folder} is no dataset that save_to_disk wrote ({error})") from None
+    column = next((name for name, kind in features.items() if kind.get("_type") == "Image"), None)
+    if column is None or label not in features:
+        raise RunError(f"{folder} has the columns {', '.join(features)}; it needs an image, and --label must be one")
+    labels = _class_names(table[label].to_pylist(), features[label].get("names"), folder)
+    images = table[column].combine_chunks()
+    images = images.field("bytes") if pa.types.is_struct(images.type) else images
+    if images.null_count:
+        raise RunError(f"{folder}: column {column} holds paths, not images; save it with the images embedded")
+    digest = hashlib.sha256(f"{state['_fingerprint']} {len(table)} {column}".encode()).hexdigest()
+    return Source(lambda i: images[i].as_py(), labels, lambda i: f"{folder}, row {i}", digest)
+
+
+def _class_names(values: list, names: list[str] | None, folder: Path) -> list[str]:
+    if names is None:
+        return [str(value) for value in values]
+    for row, value in enumerate(values):
+        if value is None or not 0 <= value < len(names):
+            raise RunError(
+                f"{folder}, row {row}: label {value} is out of range, the dataset names {len(names)} classes"
+            )
+    return [names[value] for value in values]
+
+
+def open_fashion_mnist(folder: Path, split: str) -> Source:
+    """28 x 28 px, grey (white on black), 10 classes; 60,000 images in `train`, 10,000 in `t10k`.
+
+    Raises:
+        RunError: a file is missing or damaged, or a label is out of range.
+    """
+    try:
+        pixels = _read_idx(folder / f"{split}-images-idx3-ubyte.gz")
+        labels = _read_idx(folder / f"{split}-labels-idx1-ubyte.gz")
+    except FileNotFoundError as error:
+        raise RunError(
+            f"{error.filename} is missing: install Debian's dataset-fashion-mnist, or unpack it and name its folder"
+            " as fashion-mnist:FOLDER"
+        ) from None
+    except (OSError, EOFError, ValueError) as error:
+        raise RunError(f"{folder}: {split} cannot be read ({error}); fetch it anew") from None
+    if len(pixels) != len(labels) or labels.max(initial=0) >= len(FASHION_MNIST_NAMES):
+        raise RunError(f"{folder}: {split} holds {len(pixels)} images and {len(labels)} labels, up to {labels.max()}")
+    digest = hashlib.sha256(pixels.tobytes()).hexdigest()
+    names = [FASHION_MNIST_NAMES[label] for label in labels]
+    return Source(lambda i: _png(pixels[i]), names, lambda i: f"{folder}, {split} image {i}", digest)
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """An array of uint8 in the idx format of MNIST: two zeros, type 8, the rank, each dimension, the values."""
+    data = gzip.decompress(path.read_bytes())
+    if data[:3] != b"\0\0\x08":
+        raise ValueError(f"{path.name} is no idx file of bytes")
+    rank = data[3]
+    shape = np.frombuffer(data, ">i4", rank, offset=4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
+
+
+def _png(pixels_HW: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels_HW).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()

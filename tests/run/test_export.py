@@ -1,0 +1,238 @@
+"""Exported folders as others load them: their code from the model card, run on a photo that is not square."""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+
+from mug.data import transforms
+from mug.model.mug import MUG
+from mug.model.presets import ModelConfig, Vocabulary, resolve
+from mug.run import export
+from mug.run.exporting.formats import FORMATS, normalized
+from mug.run.training.checkpoint import Checkpoint
+from mug.run.training.errors import RunError
+
+SIZES = ModelConfig(
+    image_size=32, patch_size=8, width=32, depth=2, heads=2, pixel_width=16, pixel_depth=1, pixel_heads=2
+)
+SIZES = dataclasses.replace(SIZES, text_width=16, text_heads=2, text_unimodal_layers=1, text_cross_layers=1)
+RECIPE = {"data": {"shards": None}, "seed": 0, "trainer": {"global_batch": 8}}
+
+
+@pytest.fixture(scope="module")
+def model() -> MUG:
+    torch.manual_seed(0)
+    model = MUG(resolve(SIZES), Vocabulary(size=20, pad=0, bos=1, eos=2, mask=3)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> Checkpoint:
+    """A checkpoint's folder and manifest, with the run's figures beside it."""
+    run = tmp_path_factory.mktemp("runs") / "my_run"
+    (run / "checkpoint-20").mkdir(parents=True)
+    rows = [
+        {"kind": "eval", "step": 10, "loss/total": 9.0},
+        {"kind": "eval", "step": 20, "loss/total": 1.25, "accuracy/caption": 0.5, "position": 160},
+        {"kind": "train", "step": 20, "loss/total": 7.0},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"fingerprint": "f1" * 32, "next_position": 160}
+    return Checkpoint(run / "checkpoint-20", {"step": 20, "recipe": RECIPE, "data": data})
+
+
+@pytest.fixture(scope="module")
+def folders(model, found, tmp_path_factory):
+    """Function format → its exported folder."""
+    out, made = tmp_path_factory.mktemp("out"), {}
+
+    def folder(name: str):
+        if name not in made:
+            made[name] = export.export(name, FORMATS[name], model, found, out / name)
+            assert made[name] < 1e-5
+        return out / name
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    """A smooth picture of 90 x 60 px, and what our encoder makes of its evaluation view."""
+    y, x = np.mgrid[:60, :90]
+    waves = [np.sin(x / 9 + y / 14), np.cos(x / 17), np.sin(y / 8)]
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.fromarray((127 + 120 * np.stack(waves, 2)).astype(np.uint8)).save(path)
+    return path
+
+
+def view_of(photo) -> torch.Tensor:
+    """uint8 [1, 3, 32, 32]."""
+    return torch.from_numpy(transforms.eval_view(transforms.decode(photo.read_bytes()), 32))[None]
+
+
+def run_card(folder, photo) -> dict:
+    """The model card's code, run in the exported folder as the card says; returns its variables."""
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    here = os.getcwd()
+    os.chdir(folder)
+    try:
+        names = {}
+        exec(code.replace("photo.png", str(photo)), names)
+    finally:
+        os.chdir(here)
+    return names
+
+
+# Resizing differs: timm and Pillow cut the same pixels, transformers resizes before it cuts.
+@pytest.mark.parametrize(("name", "bar"), [("timm", 0.02), ("transformers", 0.05), ("onnx", 1e-4)])
+@torch.inference_mode()
+def test_the_cards_code_gives_our_features(model, folders, photo, name, bar):
+    names = run_card(folders(name), photo)
+    ours = model.encoder(view_of(photo))
+    assert np.abs(np.asarray(names["tokens"]) - ours.numpy()).max() < bar
+    assert np.abs(np.asarray(names["feature"]) - ours[:, 0].numpy()).max() < bar
+
+
+@torch.inference_mode()
+def test_the_cards_code_of_vitmae_runs(folders, photo):
+    names = run_card(folders("vitmae"), photo)
+    assert names["predicted"].shape == (1, 16, 192)
+    assert 0 < names["loss"].item() < 100
+
+
+@pytest.mark.parametrize("how", ["checkpoint_path", "local-dir"])
+@torch.inference_mode()
+def test_timm_loads_it_without_a_warning(model, folders, photo, how, recwarn, caplog):
+    folder = folders("timm")
+    with caplog.at_level(logging.WARNING):
+        if how == "local-dir":
+            loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        else:
+            sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+            path = str(folder / "model.safetensors")
+            loaded = timm.create_model("vit_base_patch16_224", checkpoint_path=path, num_classes=0, **sizes).eval()
+    assert not caplog.records and not recwarn.list
+    image = view_of(photo)
+    assert (loaded.forward_features(normalized(image)) - model.encoder(image)).abs().max() < 1e-4
+
+
+def test_timm_prepares_images_as_we_do(folders, photo):
+    loaded = timm.create_model(f"local-dir:{folders('timm')}", pretrained=True)
+    config = timm.data.resolve_model_data_config(loaded)
+    assert config["input_size"] == (3, 32, 32) and config["interpolation"] == "bicubic" and config["crop_pct"] == 1.0
+    assert list(config["mean"]) == [0.485, 0.456, 0.406] and list(config["std"]) == [0.229, 0.224, 0.225]
+    square = Image.open(photo).crop((15, 0, 75, 60))
+    theirs = timm.data.create_transform(**config)(square)
+    ours = normalized(torch.from_numpy(transforms.eval_view(square, 32))[None])[0]
+    assert (theirs - ours).abs().max() < 1e-5, "of a square image the views are the same"
+
+
+def test_transformers_prepares_images_as_we_do(folders, photo):
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(folders("transformers"))
+    square = Image.open(photo).crop((15, 0, 75, 60))
+    theirs = processor(square, return_tensors="pt")["pixel_values"][0]
+    ours = normalized(torch.from_numpy(transforms.eval_view(square, 32))[None])[0]
+    assert (theirs - ours).abs().max() < 1.5 / 255 / 0.224, "one grey level, of another rounding"
+
+
+def test_transformers_pooler_is_the_class_token_and_nothing_is_missing(folders):
+    from transformers import AutoModel, ViTModel
+
+    loaded, said = ViTModel.from_pretrained(folders("transformers"), output_loading_info=True)
+    assert not any(said.values()), said
+    assert type(AutoModel.from_pretrained(folders("transformers"))) is type(loaded)
+
+
+def test_onnx_takes_any_batch_and_tells_no_paths(model, folders):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folders("onnx") / "model.onnx", providers=["CPUExecutionProvider"])
+    for count in (1, 3):
+        image = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.manual_seed(count))
+        (tokens,) = session.run(["last_hidden_state"], {"pixel_values": normalized(image).numpy()})
+        with torch.inference_mode():
+            assert np.abs(tokens - model.encoder(image).numpy()).max() < 1e-4
+    assert b".py" not in (folders("onnx") / "model.onnx").read_bytes()
+
+
+def test_the_card_says_where_the_weights_come_from(folders):
+    text = (folders("timm") / "README.md").read_text()
+    header = yaml.safe_load(text.split("---")[1])
+    assert header["library_name"] == "timm"
+    assert header["license"] == ["apache-2.0", "cc-by-sa-4.0"]
+    assert "# my_run\n" in text and "step 20" in text and "f1" * 32 in text
+    assert "| loss/total | 1.2500 |" in text and "| accuracy/caption | 0.5000 |" in text
+    assert "9.0" not in text and "7.0" not in text, "figures of another step or kind"
+    assert re.search(r"commit `[0-9a-f]{40}`|commit unknown", text)
+    assert "global_batch: 8" in text and "designed by OpenMoji" in text
+
+
+def test_the_licence_of_own_shards_is_left_to_their_owner(model, found, tmp_path):
+    recipe = {**RECIPE, "data": {"shards": "cc3m/{00000..00331}.tar"}}
+    own = Checkpoint(found.folder, {**found.manifest, "recipe": recipe})
+    export.export("timm", FORMATS["timm"], model, own, tmp_path / "timm")
+    text = (tmp_path / "timm" / "README.md").read_text()
+    assert yaml.safe_load(text.split("---")[1])["license"] == "apache-2.0"
+    assert "OpenMoji" not in text and "the licence of these shards is not recorded" in text
+
+
+def test_weights_that_are_not_finite_are_refused(model, found, tmp_path):
+    broken = MUG(model.config, model.vocabulary)
+    broken.encoder.norm.weight.data[0] = torch.nan
+    with pytest.raises(RunError, match=r"checkpoint-20: the model's output is not finite"):
+        export.export("timm", FORMATS["timm"], broken, found, tmp_path / "timm")
+    assert not list(tmp_path.iterdir()), "nothing half-written stays behind"
+
+
+def test_a_copy_that_differs_is_not_handed_over(model, found, tmp_path, monkeypatch):
+    from mug.model import interchange
+
+    right = interchange.to_timm
+    monkeypatch.setattr(interchange, "to_timm", lambda encoder: {**right(encoder), "cls_token": torch.ones(1, 1, 32)})
+    with pytest.raises(RuntimeError, match="timm: the copy differs"):
+        export.export("timm", FORMATS["timm"], model, found, tmp_path / "timm")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("onnx", "onnxruntime"), ("onnx", "onnxscript"), ("transformers", "transformers")]
+)
+def test_a_missing_package_is_named_with_its_extra(name, package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(sys, "argv", ["export.py", "nowhere", "--format", name, "--out", str(tmp_path / "out")])
+    with pytest.raises(RunError, match=rf"package {package} is not installed: pip install .*\[export\]"):
+        export.main(console=None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [(["x", "--format", "onx"], "onx"), (["x", "--frmat", "onnx"], "frmat"), ([], "checkpoint")],
+    ids=["unknown format", "unknown flag", "no checkpoint"],
+)
+def test_a_mistake_on_the_command_line_is_named(arguments, names):
+    with pytest.raises(RunError) as refused:
+        export.parse(arguments)
+    assert names in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "file").write_text("")
+    for folder, message in (("timm", "is there already"), ("file/timm", "is no folder")):
+        with pytest.raises(RunError, match=message):
+            export.check_target(tmp_path / folder)
