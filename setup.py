@@ -2,7 +2,7 @@
 
 from setuptools import setup
 
-FOLDERS = ["model", "data", "kernels", "run", "run/benchmarks", "run/training"]
+FOLDERS = ["model", "data", "kernels", "run", "run/benchmarks", "run/evaluation", "run/exporting", "run/training"]
 
 setup(
     name="mug",
@@ -37,7 +37,24 @@ setup(
     extras_require={
         "flash": ["flash-attn"],
         "eval": ["scikit-learn", "torchmetrics", "sacrebleu"],
+        "export": ["onnx", "onnxruntime", "onnxscript", "transformers>=5"],
+        "http": ["aiohttp"],
         "s3": ["s3fs"],
-        "test": ["hypothesis", "pytest", "ruff", "transformers>=5"],
+        "test": [
+            "flask",
+            "flask-cors",
+            "hypothesis",
+            "moto[s3]",
+            "onnx",
+            "onnxruntime",
+            "onnxscript",
+            "pytest",
+            "ruff",
+            "s3fs",
+            "sacrebleu",
+            "scikit-learn",
+            "torchmetrics",
+            "transformers>=5",
+        ],
     },
 )

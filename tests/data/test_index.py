@@ -25,7 +25,7 @@ from mug.data import build, samples
 from mug.data.build import build_index, index_for
 from mug.data.errors import DataError
 from mug.data.index import Index
-from mug.data.openmoji import write_tar
+from mug.data.writers import write_tar
 from mug.data.sources import expand
 
 
