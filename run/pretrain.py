@@ -377,12 +377,14 @@ class Log:
 def open_log(run: Run, resumed: checkpoint.Checkpoint | None) -> Iterator[Log]:
     """What a run that goes on from `resumed` logs with."""
     output, recipe = run.command.output, run.recipe
-    meter = Meter(recipe, run.engine.module.vocabulary.size, Clock(resumed.manifest["clock"] if resumed else None))
+    clock = Clock(run.phases.began)
+    if resumed:
+        clock.load_state_dict(resumed.manifest["clock"])
     with MetricsWriter(output, resumed.step if resumed else 0) if dist.get_rank() == 0 else nullcontext() as metrics:
         losses = hardware.on_rank_zero(lambda: logged_losses(output))
         log = Log(
             metrics,
-            meter,
+            Meter(recipe, run.engine.module.vocabulary.size, clock),
             WaitAlarm(recipe.data.workers),
             SpikeAlarm(recipe.safety.spike_factor, losses),
             Saver(run.engine, output, recipe.checkpoint, lambda step, seconds: log.event(step, "checkpoint", seconds)),

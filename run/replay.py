@@ -51,11 +51,11 @@ def main(console: Console) -> None:
     batches = [batch for batch, _ in load(stream.pairs, [range(*one.positions) for one in mine], workers=0)]
     means = train_step(engine, batches, recipe.loss_weights)
     same = compare(console, replayed, mine, means)
-    what = "is finite" if engine.was_step_applied() else "is not finite"
+    what, count = "is finite" if engine.was_step_applied() else "is not finite", len(replayed.micro_batches)
     console.say(
-        f"step {replayed.step}: the gradient {what}; {same} of {len(replayed.micro_batches)} micro-batches as then"
+        f"step {replayed.step}: {same} of {count} micro-batches gave the losses of the run; the gradient {what}"
     )
-    if same < len(replayed.micro_batches):
+    if same < count:
         leave(1)
 
 

@@ -84,10 +84,8 @@ class MetricsWriter:
 class Clock:
     """How much of the time since a run was first started has advanced it: steps that a crash undid have not."""
 
-    def __init__(self, saved: dict[str, float] | None):
-        """`saved` is the `state_dict` of the checkpoint that the run goes on from."""
-        state = saved or {"begun": time.time(), "trained_seconds": 0.0}
-        self.begun, self.trained = state["begun"], state["trained_seconds"]
+    def __init__(self, begun: float):
+        self.begun, self.trained = begun, 0.0
 
     def goodput(self) -> float:
         return self.trained / max(time.time() - self.begun, 1e-9)
@@ -95,6 +93,9 @@ class Clock:
     def state_dict(self) -> dict[str, float]:
         """`begun`, in Unix seconds, and the seconds of training, without waits for data."""
         return {"begun": self.begun, "trained_seconds": self.trained}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.begun, self.trained = state["begun"], state["trained_seconds"]
 
 
 class Meter:
