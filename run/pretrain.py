@@ -74,14 +74,13 @@ def main(console: Console) -> None:
     steps = count_steps(recipe, stream.samples)
     phases.end("data")
 
-    # --- Ranks ---
+    # --- Ranks: from here on they watch over each other ---
     hardware.init_distributed(timeout=timedelta(minutes=recipe.safety.hang_minutes + 5))
     phases.end("process_group")
     with Watch(console, 60 * recipe.safety.hang_minutes) as watch:
+        # --- Model, and the newest whole checkpoint, if this output has one of this model ---
         model = build_objective(recipe, vocabulary_of(stream))
         phases.end("model")
-
-        # --- Resume: the newest whole checkpoint, if this output has one of this model ---
         resumed = hardware.on_rank_zero(lambda: find_checkpoint(command, model, console))
         hardware.on_rank_zero(lambda: lock(command.output))
         console.log_to(command.output / "logs" / f"rank{rank}.log")
