@@ -1,5 +1,7 @@
 """One run whose number of ranks, and ZeRO stage, change on the way."""
 
+import itertools
+
 import pytest
 from launch import TOY, losses, pretrain, rows, torchrun
 
@@ -65,7 +67,7 @@ def test_4_to_2_to_3_to_1_ranks(tmp_path, witnessed, undisturbed, legs):
         assert number == 1 or f"going on after step {(number - 1) * STEPS}" in said
         positions = take_positions(witnessed, ranks)
         assert all(mine == sorted(mine) for mine in positions)
-        assert sorted(sum(positions, [])) == list(range((number - 1) * STEPS * BATCH, number * STEPS * BATCH))
+        assert sorted(itertools.chain(*positions)) == list(range((number - 1) * STEPS * BATCH, number * STEPS * BATCH))
     curve = losses(tmp_path)
     assert [row["position"] for row in curve] == [BATCH * step for step in range(1, 4 * STEPS + 1)]
     for mine, other in zip(curve, undisturbed, strict=True):
