@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -72,6 +72,7 @@ def _start_fork_server() -> None:
 
     The training process answers them when its step is done, and needs its workers till then.
     """
+    resource_tracker.ensure_running()  # the fork server wants it, and starting it unblocks signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
     try:
         forkserver.ensure_running()
