@@ -16,6 +16,8 @@ OPTIONS = [
     *TOY,
     *("--trainer.max_steps", "5", "--trainer.micro_batch", "2", "--trainer.eval_samples", "8"),
     *("--checkpoint.every_steps", "1", "--checkpoint.keep", "9"),
+    # The same learning rate wherever a run ends.
+    *("--trainer.base_learning_rate", "6e-3", "--trainer.min_learning_rate", str(6e-3 * BATCH / 256)),
 ]
 POISONED = ["tests/end_to_end/poisoned.py"]
 
