@@ -512,6 +512,8 @@ def go_back(run: Run, log: Log, step: int, loss: float) -> None:
             run.command.output, safety.spike_checkpoints, step, run.stream.next_position, run.recipe.checkpoint.keep
         )
     )
+    if to is None:
+        raise Diverged(f"{said}, and there is no checkpoint yet to go back to")
     skipped = [to.manifest["data"]["next_position"], run.stream.next_position]
     if log.metrics:
         log.metrics.forget(to.step)
