@@ -13,7 +13,7 @@ from typing import NoReturn, TextIO
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mug.run.training.errors import SaidByRankZero, user_errors
+from mug.run.training.errors import SaidByRankZero, SaidByThisRank, user_errors
 
 
 class Console:
@@ -116,12 +116,15 @@ def run_command(main: Callable[[Console], None]) -> None:
     started = time.time()
     try:
         main(console)
-    except SystemExit:  # --help
-        console.show_early()
+    except SystemExit as leaving:
+        console.close()
+        if leaving.code:  # a verdict, said already
+            _leave(leaving.code)
+        console.show_early()  # --help
         raise
     except user_errors() as error:
         console.close()
-        if console.rank == 0:
+        if console.rank == 0 or isinstance(error, SaidByThisRank):
             console.fail(f"error: {error}")
         elif console.log and not isinstance(error, SaidByRankZero):  # before there is a log, all ranks fail alike
             console.fail(f"error: rank {console.rank}: {error}")

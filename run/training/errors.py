@@ -9,6 +9,10 @@ class SaidByRankZero(RunError):
     """A RunError that all ranks raise, and rank 0 prints."""
 
 
+class SaidByThisRank(RunError):
+    """A RunError of one rank alone, which it prints itself."""
+
+
 def user_errors() -> tuple[type[Exception], ...]:
     """The exceptions of every layer that end a command with one line and exit status 2."""
     from mug.data.errors import DataError

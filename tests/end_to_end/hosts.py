@@ -16,7 +16,13 @@ from pathlib import Path
 
 from launch import ROOT, environment
 
-PACKAGES = {"sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh", "ip": "iproute2", "unshare": "util-linux"}
+PACKAGES = {
+    "sshd": "openssh-server",
+    "ssh": "openssh-client",
+    "pdsh": "pdsh",
+    "ip": "iproute2",
+    "unshare": "util-linux",
+}
 INTERFACE = "eth0"
 
 SSHD = """Port 22

@@ -1,6 +1,5 @@
 """Several hosts, as namespaces of this machine (hosts.py): the launches that cross them."""
 
-
 import pytest
 from hosts import INTERFACE, cluster, lacking
 from launch import BIN, TOY, ZERO3, losses, pretrain
