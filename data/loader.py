@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -57,11 +59,24 @@ def worker_settings(workers: int) -> dict:
         return {"num_workers": 0}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # torch is imported once, not once per worker
+    _start_fork_server()
     return {
         "num_workers": workers,
         "multiprocessing_context": context,
         "worker_init_fn": _end_with_parent,
     }
+
+
+def _start_fork_server() -> None:
+    """Start it, if it is not there, deaf to the signals that ask a whole job to end, and so will the workers be.
+
+    The training process answers them when its step is done, and needs its workers till then.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent(worker: int) -> None:

@@ -50,20 +50,20 @@ def use_cores() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_SIZE"])))
 
 
-def init_distributed() -> None:
-    """Start the process group and give it to DeepSpeed."""
+def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Start the process group, and give it to DeepSpeed. Calls that take longer than `timeout` fail."""
     import deepspeed
 
     # An operator for inference on CPUs that training never calls: building it takes a compiler and a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     use_device()
     rank, world = rank_and_world()
-    start_process_group(meet(rank, world))
-    deepspeed.init_distributed(auto_mpi_discovery=False)
+    start_process_group(meet(rank, world), timeout)
+    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout)
 
 
-def start_process_group(store: Store, timeout: timedelta | None = None) -> None:
-    """NCCL on GPUs, gloo on CPUs, among the ranks that have met in `store`; `timeout` of a collective call."""
+def start_process_group(store: Store, timeout: timedelta) -> None:
+    """NCCL on GPUs, gloo on CPUs, among the ranks that have met in `store`; calls longer than `timeout` fail."""
     rank, world = rank_and_world()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
