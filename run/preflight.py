@@ -29,7 +29,7 @@ from mug.run.training.deepspeed_config import check_batch, load_deepspeed_config
 from mug.run.training.engine import recipe_values
 from mug.run.training.errors import RunError
 from mug.run.training.recipe import parse_command
-from mug.run.training.rendezvous import PATIENCE, meet
+from mug.run.training.rendezvous import meet, patience
 from mug.run.training.survey import Finding, existing_folder, survey
 
 # What all ranks must find alike.
@@ -87,12 +87,12 @@ def exchange(store: Store, rank: int, world: int, mine: list[Finding]) -> list[R
     """The reports of all ranks, on all ranks.
 
     Raises:
-        RunError: a rank has reported nothing for five minutes.
+        RunError: a rank has reported nothing.
     """
     host = socket.gethostname()
     store.set(f"report {rank}", json.dumps([host, [dataclasses.astuple(finding) for finding in mine]]))
     try:
-        store.wait([f"report {other}" for other in range(world)], PATIENCE)
+        store.wait([f"report {other}" for other in range(world)], patience())
     except DistError:
         silent = [str(other) for other in range(world) if not store.check([f"report {other}"])]
         raise RunError(f"rank(s) {', '.join(silent)} started, but did not finish looking around") from None

@@ -2,15 +2,12 @@
 
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 
 import pytest
 from torch.distributed import TCPStore
 
 from mug.run.training.errors import RunError, SaidByThisRank
 from mug.run.training.rendezvous import meet
-
-SOON = timedelta(seconds=2)
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +17,7 @@ def port(monkeypatch):
         found = probe.getsockname()[1]
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(found))
+    monkeypatch.setenv("MUG_PATIENCE_SECONDS", "2")
     for variable in ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(variable, raising=False)
     return found
@@ -28,7 +26,7 @@ def port(monkeypatch):
 def meet_all(ranks: list[int], world: int) -> list:
     """What `meet` gives or raises, of several ranks at once."""
     with ThreadPoolExecutor(len(ranks)) as pool:
-        calls = [pool.submit(meet, rank, world, SOON) for rank in ranks]
+        calls = [pool.submit(meet, rank, world) for rank in ranks]
         return [call.exception() or call.result() for call in calls]
 
 
@@ -55,7 +53,7 @@ def test_a_port_in_use(port):
         other.bind(("0.0.0.0", port))
         other.listen()
         with pytest.raises(RunError, match=f"port {port} of .* is in use"):
-            meet(0, 1, SOON)
+            meet(0, 1)
 
 
 def test_a_restart_under_torchrun_begins_afresh(port, monkeypatch):
