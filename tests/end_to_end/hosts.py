@@ -35,6 +35,8 @@ SSH = """Host *
     GlobalKnownHostsFile /etc/ssh/known_hosts
     BatchMode yes
     ConnectTimeout 5
+    ServerAliveInterval 5
+    ServerAliveCountMax 3
 """
 # The first process of a host. Its own /etc/ssh, /etc/hosts, /run and /dev/shm, then the server.
 BOOT = """hostname "$2"
