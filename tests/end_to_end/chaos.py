@@ -67,17 +67,12 @@ class Life:
             self.known |= {process.pid: process for process in [root, *root.children(recursive=True)]}
         return [process for process in self.known.values() if _alive(process)]
 
-    def scripts(self) -> dict[int, psutil.Process]:
-        """Ranks and their data workers, which are forks of them."""
-        return {one.pid: one for one in self.tree() if is_script(one)}
-
     def ranks(self) -> list[psutil.Process]:
-        found = self.scripts()
-        return [one for one in found.values() if one.ppid() not in found]
+        return [one for one in self.tree() if is_rank(one)]
 
     def workers(self) -> list[psutil.Process]:
-        found = self.scripts()
-        return [one for one in found.values() if one.ppid() in found]
+        """What ranks have started: data workers, and the servers that multiprocessing has for them."""
+        return [one for one in self.tree() if not is_rank(one) and any(is_rank(parent) for parent in _parents(one))]
 
     def text(self) -> str:
         return self.said.read_text(errors="replace")
@@ -118,9 +113,16 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
-def is_script(process: psutil.Process) -> bool:
+def is_rank(process: psutil.Process) -> bool:
     """Whether it runs run/pretrain.py itself; launchers have that further on in their command."""
     return "run/pretrain.py" in _command(process)[1:3]
+
+
+def _parents(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.parents()
+    except psutil.NoSuchProcess:
+        return []
 
 
 @dataclass
@@ -132,6 +134,14 @@ class Soak:
     steps: int
     lives: int = 0
     counts: Counter = field(default_factory=Counter)
+    life: Life | None = None  # the newest
+    expected: int | None = None  # the step after which it must go on
+
+    def close(self) -> None:
+        """End what a failed test has left."""
+        if self.life:
+            self.life.process.kill()
+            self.life.end()
 
     @property
     def output(self) -> Path:
@@ -170,9 +180,9 @@ class Soak:
                 stdout=log,
                 stderr=log,
             )
-        life = Life(process, said, self.output)
+        self.life = Life(process, said, self.output)
         self.expected = newest_whole(self.output)
-        return life
+        return self.life
 
     def came_to_life(self, life: Life) -> bool:
         """Whether the run has begun to train in this life; if so, from where it should have."""
@@ -368,7 +378,7 @@ def cut_the_network(soak: Soak) -> None:
         soak.train(life, 2)
         made.plug(1, up=False)
         deadline = time.monotonic() + PATIENCE
-        while any(is_script(process) for process in life.tree()):
+        while any(is_rank(process) for process in life.tree()):
             assert time.monotonic() < deadline, f"ranks hang:\n{life.text()}"
             time.sleep(0.5)
         assert life.end() != 0
@@ -418,7 +428,7 @@ def soak(folder: Path, number: int, seed: int, say: Callable[[str], None] = prin
     root = os.geteuid() == 0
     run = Soak(folder, random.Random(seed), steps=8 * number + 16)
     shutil.copytree(ensure_openmoji(DataConfig().cache_folder()), run.shards)
-    with small_disk(folder / "disk", root):
+    with small_disk(folder / "disk", root), contextlib.closing(run):
         finish_life(run, run.start(PYTHON), first=True)
         possible, queue = faults(root), []
         for count in range(1, number + 1):
