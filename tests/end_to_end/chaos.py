@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import yaml
 from hosts import INTERFACE, cluster, lacking
 from launch import BIN, PYTHON, ROOT, TOY, deepspeed, environment, losses, pretrain, rows, torchrun
 
@@ -153,7 +154,6 @@ class Soak:
 
     def options(self, workers: int = 0) -> list[str]:
         own = {
-            "data.shards": f"{self.shards}/train-*.tar",
             "data.tokenizer": f"{self.shards}/tokenizer.json",
             "data.cache": str(self.folder / "cache"),
             "data.workers": str(workers),
@@ -162,7 +162,12 @@ class Soak:
             "checkpoint.keep": "2",
             "checkpoint.asynchronous": str(self.random.random() < 0.3).lower(),
         }
-        return [*TOY, *(part for name, value in own.items() for part in (f"--{name}", value))]
+        return [
+            "--config",
+            str(self.folder / "recipe.yaml"),
+            *TOY,
+            *(part for name, value in own.items() for part in (f"--{name}", value)),
+        ]
 
     def start(self, launcher: list[str] | None = None, workers: int = 0, **variables: str) -> Life:
         """Start the run again, on one or two ranks, in any ZeRO stage; it must go on from the newest whole state."""
@@ -426,8 +431,11 @@ def small_disk(folder: Path, root: bool) -> Iterator[None]:
 def soak(folder: Path, number: int, seed: int, say: Callable[[str], None] = print) -> Counter:
     """Put one run through `number` faults in `folder`, and compare it with one that had none; returns their counts."""
     root = os.geteuid() == 0
-    run = Soak(folder, random.Random(seed), steps=8 * number + 16)
+    run = Soak(folder, random.Random(seed), steps=5 * number + 16)
     shutil.copytree(ensure_openmoji(DataConfig().cache_folder()), run.shards)
+    recipe = yaml.safe_load((ROOT / "run/recipes/openmoji_tiny.yaml").read_text())
+    recipe["data"]["shards"] = f"{run.shards}/train-*.tar"  # here, because ssh would expand it on a command line
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with small_disk(folder / "disk", root), contextlib.closing(run):
         finish_life(run, run.start(PYTHON), first=True)
         possible, queue = faults(root), []
