@@ -225,7 +225,7 @@ class _Cached:
         while (file := self._cache().open(shard)) is None:
             transfer = self._start(shard, needed=True)
             while not wait([transfer.file], timeout=1.0).done:
-                pass  # whatever its thread may hang in
+                transfer.patience.check(GRACE_SECONDS)  # whatever its thread may hang in
             with self._lock:
                 if self._transfers.get(shard) is transfer:
                     del self._transfers[shard]
