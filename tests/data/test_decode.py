@@ -5,9 +5,9 @@ import io
 import struct
 import subprocess
 import sys
-from pathlib import Path
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
