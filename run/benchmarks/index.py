@@ -33,7 +33,7 @@ def figures(folder: Path, samples: int = 20_000) -> list[dict]:
     best = {name: min(values) for name, values in seconds.items()}
     base = best["tarfile, names and offsets only"]
     return [
-        {"reader": name, "samples_per_s": round(samples / best[name]), "ratio": base / best[name]} for name in readers
+        {"reader": name, "samples/s": round(samples / best[name]), "ratio": base / best[name]} for name in readers
     ]
 
 

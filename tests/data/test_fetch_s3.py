@@ -210,7 +210,7 @@ import sys
 from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 from mug.data.fetch import Fetch, FetchConfig
-from mug.data.stream import worker_settings
+from mug.data.loader import worker_settings
 
 class Samples(Dataset):
     def __init__(self, fetch, size): self.fetch, self.size = fetch, size
