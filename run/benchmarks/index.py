@@ -32,9 +32,7 @@ def figures(folder: Path, samples: int = 20_000) -> list[dict]:
             seconds[name].append(time.perf_counter() - start)
     best = {name: min(values) for name, values in seconds.items()}
     base = best["tarfile, names and offsets only"]
-    return [
-        {"reader": name, "samples/s": round(samples / best[name]), "ratio": base / best[name]} for name in readers
-    ]
+    return [{"reader": name, "samples/s": round(samples / best[name]), "ratio": base / best[name]} for name in readers]
 
 
 def _files(i: int) -> list[tuple[str, bytes]]:
