@@ -68,6 +68,15 @@ def commit(
     _prune(output, keep, step)
 
 
+def commit_again(output: Path, found: Checkpoint, step: int, state: dict[str, Any], keep: int) -> None:
+    """Make OUTPUT/checkpoint-STEP of the files of `found`, which are linked, not copied, and another `state`."""
+    partial = open_partial(output, step)
+    for name in found.manifest["files"]:
+        os.link(found.folder / name, partial / name)
+    own = {name: value for name, value in state.items() if name not in ("format", "step", "files")}
+    commit(output, step, found.manifest["files"], own, {}, keep)
+
+
 def newest(output: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint of a run that is whole; damaged ones are named and passed over.
 

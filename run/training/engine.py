@@ -52,7 +52,18 @@ def build_engine(model: nn.Module, ds_config: dict[str, Any], trainer: TrainerCo
         config=ds_config,
         dist_init_required=False,
     )
+    if engine.optimizer is engine.basic_optimizer:  # stage 0 in fp32
+        engine.optimizer.register_step_pre_hook(_hold_back_what_is_not_finite)
     return engine
+
+
+def _hold_back_what_is_not_finite(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """What DeepSpeed's own optimizers do: without gradients, AdamW does nothing, and the engine is told so."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    optimizer.overflow = not norm.isfinite().item()
+    if optimizer.overflow:
+        optimizer.zero_grad(set_to_none=True)
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:

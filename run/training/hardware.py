@@ -4,6 +4,7 @@ import os
 import resource
 import socket
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -47,14 +48,15 @@ def use_cores() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_SIZE"])))
 
 
-def init_distributed() -> None:
-    """Start the process group: NCCL on GPUs, gloo on CPUs."""
+def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Start the process group: NCCL on GPUs, gloo on CPUs. Calls that take longer than `timeout` fail."""
     import deepspeed
 
     # An operator for inference on CPUs that training never calls: building it takes a compiler and a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     use_device()
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
 
 
 def use_device() -> None:

@@ -11,6 +11,7 @@ class Phases:
     def __init__(self):
         self.seconds: dict[str, float] = {}
         self.last = _process_start()
+        self.began = time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - self.last)  # Unix seconds
 
     def end(self, name: str) -> None:
         """The phase `name` is over; only the first time counts."""

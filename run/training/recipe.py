@@ -6,6 +6,7 @@ import operator
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 from jsonargparse import SUPPRESS, Namespace
 
@@ -75,6 +76,27 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class SafetyConfig:
+    """What to do when training goes wrong.
+
+    Args:
+        nonfinite: 'stop' at a step whose loss or gradient is not finite, or 'skip' its batch; nothing is updated.
+        spike_factor: a logged loss above so many times the median of the last 32 logged ones is a spike: go back to
+            an earlier checkpoint and skip the batches since then. 0 never does.
+        spike_checkpoints: how many checkpoints to go back.
+        max_skips: how many times in a run to skip batches before it stops after all.
+        hang_minutes: how long a rank may get no further before the run stops and names it; an evaluation's batch, a
+            picture and a save must each take less.
+    """
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    spike_factor: float = 0.0
+    spike_checkpoints: int = 1
+    max_skips: int = 10
+    hang_minutes: float = 10.0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One pre-training run.
 
@@ -88,9 +110,17 @@ class Recipe:
     data: DataConfig
     trainer: TrainerConfig
     checkpoint: CheckpointConfig
+    safety: SafetyConfig
     objective: str = "mug"
     loss_weights: dict[str, float] = field(default_factory=lambda: {"pixels": 1.0, "caption": 0.1})
     seed: int = 0
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """The recipe that `dataclasses.asdict` made `values` of."""
+        sections = {"model": ModelConfig, "data": DataConfig, "trainer": TrainerConfig}
+        sections |= {"checkpoint": CheckpointConfig, "safety": SafetyConfig}
+        return cls(**values | {name: section(**values[name]) for name, section in sections.items()})
 
 
 @dataclass(frozen=True)
@@ -133,7 +163,7 @@ def parse_command(arguments: list[str] | None = None) -> Command:
     if parsed.deepspeed is None:
         raise RunError("--deepspeed is missing; name a DeepSpeed JSON, for example ds_configs/zero3.json")
     output = Path(parsed.output or Path("runs") / recipe_file.stem)
-    for section in ("model", "data", "trainer", "checkpoint"):
+    for section in ("model", "data", "trainer", "checkpoint", "safety"):
         if parsed[section] is None:
             raise RunError(f"{recipe_file}: section {section} is empty; give it keys, or leave it out")
     return Command(_recipe(parser.instantiate(parsed)), Path(parsed.deepspeed), output)
@@ -163,6 +193,9 @@ LEAST = {
     "checkpoint.every_steps": 1,
     "checkpoint.every_minutes": 0,
     "checkpoint.keep": 1,
+    "safety.spike_factor": 0,
+    "safety.spike_checkpoints": 1,
+    "safety.max_skips": 0,
     "seed": 0,
 }
 
@@ -173,6 +206,8 @@ def _recipe(values: Namespace) -> Recipe:
         value = operator.attrgetter(name)(recipe)
         if value is not None and value < least:
             raise RunError(f"{name} must be at least {least}, not {value}")
+    if not recipe.safety.hang_minutes > 0:
+        raise RunError(f"safety.hang_minutes must be more than 0, not {recipe.safety.hang_minutes}")
     if not all(0 <= beta < 1 for beta in recipe.trainer.betas):
         raise RunError(f"trainer.betas must lie in [0, 1), not be {recipe.trainer.betas}")
     return dataclasses.replace(recipe, model=resolve(recipe.model))
