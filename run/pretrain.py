@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
@@ -41,7 +42,7 @@ from mug.run.training.interruption import Interruption
 from mug.run.training.losses import Means, shares, total_loss
 from mug.run.training.metrics import Clock, Meter, MetricsWriter, WaitAlarm, logged_losses
 from mug.run.training.phases import Phases
-from mug.run.training.recipe import Command, Recipe, parse_command
+from mug.run.training.recipe import Command, Recipe, changes, parse_command
 from mug.run.training.restore import describe_model, load_engine
 from mug.run.training.saver import Saver
 from mug.run.training.schedule import CosineSchedule
@@ -81,8 +82,8 @@ def main(console: Console) -> None:
         # --- Model, and the newest whole checkpoint, if this output has one of this model ---
         model = build_objective(recipe, vocabulary_of(stream))
         phases.end("model")
-        resumed = hardware.on_rank_zero(lambda: find_checkpoint(command, model, console))
         hardware.on_rank_zero(lambda: lock(command.output))
+        resumed = hardware.on_rank_zero(lambda: find_checkpoint(command, model, console))
         console.log_to(command.output / "logs" / f"rank{rank}.log")
         phases.end("find_checkpoint")
 
@@ -176,7 +177,18 @@ def find_checkpoint(command: Command, model: torch.nn.Module, console: Console) 
                 f"{found.folder} was written with global batch {theirs}, this run has {ours}; start it as it was, or"
                 " name another --output"
             )
+        check_changes(command, found, console)
     return found
+
+
+def check_changes(command: Command, found: checkpoint.Checkpoint, console: Console) -> None:
+    """Raise RunError where the recipe's keys that decide what is learned have changed, unless that is allowed."""
+    if not (changed := changes(found.manifest["recipe"], command.recipe)):
+        return
+    line = f"{found.folder} was trained with {', '.join(changed)}"
+    if not command.allow_changes:
+        raise RunError(f"{line}; change back, name another --output, or go on with --allow_changes true")
+    console.warn(line)
 
 
 def start_engine(
@@ -218,7 +230,12 @@ def lock(output: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise RunError(f"--output {output}: another run is writing there; end it, or name another folder") from None
+        holder = os.read(descriptor, 1000).decode()
+        raise RunError(
+            f"--output {output}: another run is writing there ({holder}); end it, or name another folder"
+        ) from None
+    os.truncate(descriptor, 0)
+    os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode())
 
 
 # --- Loop -------------------------------------------------------------------------------------------------

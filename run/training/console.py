@@ -1,5 +1,7 @@
 """Our own lines on the terminal, from rank 0; everything that libraries print, in a log file per rank."""
 
+import contextlib
+import errno
 import logging
 import os
 import sys
@@ -13,7 +15,18 @@ from typing import NoReturn, TextIO
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mug.run.training.errors import DIVERGED, RESTART, Diverged, Restart, SaidByRankZero, user_errors
+from mug.run.training.errors import (
+    DIVERGED,
+    RESTART,
+    Diverged,
+    Restart,
+    SaidByRankZero,
+    SaidByThisRank,
+    user_errors,
+)
+
+# A full disk, a user's quota, a limit on the size of files.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Console:
@@ -119,12 +132,15 @@ def run_command(main: Callable[[Console], None]) -> None:
     started = time.time()
     try:
         main(console)
-    except SystemExit:  # --help
-        console.show_early()
+    except SystemExit as leaving:
+        console.close()
+        if leaving.code:  # a verdict, said already
+            leave(leaving.code)
+        console.show_early()  # --help
         raise
     except user_errors() as error:
         console.close()
-        if console.rank == 0:
+        if console.rank == 0 or isinstance(error, SaidByThisRank):
             console.fail(f"error: {error}")
         elif console.log and not isinstance(error, SaidByRankZero):  # before there is a log, all ranks fail alike
             console.fail(f"error: rank {console.rank}: {error}")
@@ -142,8 +158,11 @@ def run_command(main: Callable[[Console], None]) -> None:
         console.close()
         console.fail("stopped by the keyboard")
         leave(130)
-    except Exception:
+    except Exception as error:
         console.close()
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            console.fail(f"error: {error}; make room, and start the same command again")
+            leave(2)
         trace = traceback.format_exc()
         console.show_early()
         print(trace, file=sys.stderr)  # into the log
@@ -156,6 +175,7 @@ def run_command(main: Callable[[Console], None]) -> None:
 def leave(status: int) -> NoReturn:
     """End the process with `status`, which an orderly shutdown cannot promise: it aborts now and then while threads
     of the process group are at work, and closing the group waits for ranks that may be gone."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the log may be on a full disk
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)

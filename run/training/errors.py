@@ -16,6 +16,10 @@ class SaidByRankZero(RunError):
     """A RunError that all ranks raise, and rank 0 prints."""
 
 
+class SaidByThisRank(RunError):
+    """A RunError of one rank alone, which it prints itself."""
+
+
 class Restart(Exception):
     """The run is saved and ends here, on all ranks; the same command goes on. One line, exit status 75."""
 

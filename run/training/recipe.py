@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import operator
 import sys
 from dataclasses import dataclass, field
@@ -125,11 +126,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Command:
-    """What the command line says: the recipe, the DeepSpeed JSON, and the folder of the run."""
+    """What the command line says: the recipe, the DeepSpeed JSON, the folder of the run, and whether a run that was
+    begun with another recipe may go on with this one."""
 
     recipe: Recipe
     deepspeed: Path
     output: Path
+    allow_changes: bool
 
 
 def build_parser() -> Parser:
@@ -138,6 +141,12 @@ def build_parser() -> Parser:
     parser.add_argument("--config", action="config", help="recipe, a YAML file (default: openmoji_tiny.yaml)")
     parser.add_argument("--deepspeed", type=str | None, default=None, help="DeepSpeed JSON, from ds_configs/")
     parser.add_argument("--output", type=str | None, default=None, help="folder of the run (runs/RECIPE)")
+    parser.add_argument(
+        "--allow_changes",
+        type=bool,
+        default=False,
+        help="go on with a run although keys of its recipe that decide what is learned have changed",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=SUPPRESS)  # the launcher's
     parser.add_class_arguments(Recipe, as_group=False)
     return parser
@@ -166,7 +175,7 @@ def parse_command(arguments: list[str] | None = None) -> Command:
     for section in ("model", "data", "trainer", "checkpoint", "safety"):
         if parsed[section] is None:
             raise RunError(f"{recipe_file}: section {section} is empty; give it keys, or leave it out")
-    return Command(_recipe(parser.instantiate(parsed)), Path(parsed.deepspeed), output)
+    return Command(_recipe(parser.instantiate(parsed)), Path(parsed.deepspeed), output, parsed.allow_changes)
 
 
 def _recipe_file(arguments: list[str]) -> Path | None:
@@ -176,6 +185,32 @@ def _recipe_file(arguments: list[str]) -> Path | None:
         if argument.startswith("--config="):
             return Path(argument.partition("=")[2])
     return None
+
+
+# What may change while a run goes on: how it is watched, saved and divided, where its data lie (the index's
+# fingerprint tells whether they are the same), and how long it lasts.
+FREE = ("checkpoint", "safety", "trainer.max_steps", "trainer.epochs", "trainer.micro_batch", "trainer.log_every")
+FREE += ("trainer.eval_every", "trainer.eval_samples", "data.shards", "data.held_out", "data.tokenizer", "data.cache")
+FREE += ("data.workers", "data.remote", "data.cache_gb", "data.ahead", "data.retry_seconds", "data.max_bad_samples")
+FREE += ("data.max_bad_in_shard",)
+
+
+def changes(saved: dict[str, Any], recipe: Recipe) -> list[str]:
+    """What decides what is learned and is not as in `saved`, the `dataclasses.asdict` of a recipe, through JSON."""
+    before, now = _flat(saved), _flat(json.loads(json.dumps(dataclasses.asdict(recipe))))
+    return [
+        f"{name} {before[name]} (now {value})"
+        for name, value in now.items()
+        if name in before and before[name] != value and not name.startswith(FREE)
+    ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 # What a number must at least be; a run without a checkpoint, for one, could not go on.
