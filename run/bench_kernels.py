@@ -11,8 +11,6 @@ training at 224 px in bf16, on a CPU small ones in fp32. The last compares train
 without the fused losses, in memory and time. docs/benchmarks.md says what is measured how.
 """
 
-import datetime
-import importlib.metadata
 import json
 import os
 import sys
@@ -32,6 +30,7 @@ from mug.run.benchmarks.kernel_timing import (
     Workload,
     exact_results,
     is_right,
+    machine_row,
     measure_ceilings,
     peak_memory,
     relative_error,
@@ -106,24 +105,6 @@ def bench_kernels(options: Namespace, console: Console) -> tuple[list[Row], list
         kernel_report.picture(rows, machine, Path(options.png))
     console.say(kernel_report.summary(rows))
     return [machine, *({**row, "device": machine["device"]} for row in rows)], kernel_report.faults(rows)
-
-
-def machine_row(device: torch.device, dtype: torch.dtype, ceilings: Ceilings) -> Row:
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = None
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-    return {
-        "kind": "machine",
-        "device": name,
-        "torch": torch.__version__,
-        "triton": triton,
-        "date": datetime.date.today().isoformat(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "copy_gbytes_per_s": ceilings.copy / 1e9,
-        "matmul_tflops": ceilings.matmul / 1e12,
-    }
 
 
 def measure(workload: Workload, stopwatch: Stopwatch, ceilings: Ceilings) -> list[Row]:

@@ -19,6 +19,7 @@ from mug.run import bench_kernels
 from mug.run.benchmarks import kernel_report, model_step
 from mug.run.benchmarks.kernel_ops import attention_work, head_work, patch_work
 from mug.run.benchmarks.kernel_timing import Ceilings, Stopwatch, Timing, Work, Workload, relative_error
+from mug.run.benchmarks.synthetic import VOCABULARY, synthetic_batch
 from mug.run.training.errors import RunError
 
 ROOT = Path(__file__).parents[2]
@@ -206,8 +207,8 @@ def test_naive_losses_and_gradients_are_those_of_the_model():
     text = {"text_width": 32, "text_heads": 2, "text_unimodal_layers": 1, "text_cross_layers": 1, "text_length": 8}
     config = resolve(ModelConfig("tiny", image_size=32, **small, **text))
     torch.manual_seed(0)
-    model = MUG(config, model_step.VOCABULARY)
-    batch = model_step.synthetic_batch(config, 2, seed=3)
+    model = MUG(config, VOCABULARY)
+    batch = synthetic_batch(config, VOCABULARY, 2, seed=3)
     gradients = []
     for losses_of in model_step.PATHS.values():
         losses = losses_of(model, batch)
