@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mug.kernels.attention_backends import HALVES, RUN, Masks, obstacle, sdpa
-from mug.kernels.attention_table import TABLE, Key, bucket
+from mug.kernels.attention_table import TABLE, Key, architecture, bucket
 
 BACKENDS = ("auto", *RUN)
 DEFAULT_BACKEND = os.environ.get("MUG_ATTENTION_BACKEND", "auto")  # of calls that leave it to "auto"
@@ -146,8 +146,7 @@ def _measured(device: str, half: bool, training: bool, D: int, tokens: int, caus
     """The table's backend for this kind of call; logged, once as the result is kept."""
     backend = None
     if half and device.startswith("cuda"):
-        architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-        backend = TABLE.get(Key(architecture, training, D, tokens, causal, packed))
+        backend = TABLE.get(Key(architecture(device), training, D, tokens, causal, packed))
     choice = f"{backend}, as measured" if backend else f"{UNMEASURED}, for want of a measurement"
     kind = f"{'training' if training else 'inference'}, D={D}, N up to {tokens}, causal={causal}, varlen={packed}"
     logger.info("attention on %s (%s): %s", device, kind, choice)

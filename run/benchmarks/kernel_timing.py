@@ -5,7 +5,7 @@ import importlib.metadata
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class Workload:
     inputs: tuple[Tensor, ...]
     contenders: dict[str, Callable[..., Tensor]]
     work: dict[str, Work]
+    kind: dict[str, object] = field(default_factory=dict)  # of an attention call, as attention_table.Key has it
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mug.kernels import attention_table
 from mug.model.mug import MUG
 from mug.model.presets import ModelConfig, resolve
 from mug.run import bench_kernels
@@ -90,7 +91,7 @@ def test_the_picture_has_a_bar_for_every_contender(benchmark):
     blue, grey = (31, 111, 180), (184, 196, 206)
     bars = [a for a, b in itertools.pairwise(column) if a != b and a in (blue, grey)]
     both = [row for row in rows if row["kind"] == "time" and row["pass"] == "both"]
-    assert bars == [blue if row["contender"] == "chunked" else grey for row in both]
+    assert bars == [blue if row["contender"] == "chunked" else grey for row in both]  # Triton needs a GPU
 
 
 def test_least_work_by_hand():
@@ -104,6 +105,8 @@ def test_least_work_by_hand():
     assert work["backward"] == Work(2 * (4 * 10 + 4 * 15), 300.0)
     assert work["both"] == Work(300, 420.0)
     assert attention_work((1, 4, 4, 1, 5), True, 2)["forward"].flops == 2 * 2 * 4 * 4 * 5 / 2
+    # two sequences of 1 and 3 tokens, packed: 10 pairs, of which the causal mask leaves half
+    assert attention_work((1, 4, 4, 1, 5), True, 2, pairs=10)["forward"] == Work(160, 2 * 2 * 10 * 5 / 2)
 
 
 def test_the_slower_of_memory_and_arithmetic_is_the_roofline():
@@ -148,8 +151,9 @@ def test_our_own_kernels_may_refuse_but_not_be_wrong(kernel, expected):
     rows = bench_kernels.measure(workload, Stopwatch(torch.device("cpu"), 0), Ceilings(1e9, 1e9))
     assert kernel_report.faults(rows) == expected
     assert [row["contender"] for row in rows if row["kind"] == "time"][-3:] == ["other"] * 3
-    table = kernel_report.table("attention", rows)
-    assert table.row_count == 3
+    table, lines = kernel_report.table("attention", rows), kernel_report.skipped(rows)
+    assert table.row_count + len(lines) == 3
+    assert all(line.startswith("skipped at 1 shape(s), N=3: triton: ") for line in lines)
 
 
 def test_relative_error_is_of_the_worst_tensor():
@@ -172,6 +176,37 @@ def test_the_summary_gives_our_shares_and_speed():
     )
 
 
+def test_what_is_fastest_and_right_goes_into_the_table(monkeypatch, tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text('{"measured": {}, "entries": []}')
+    monkeypatch.setattr(attention_table.write_table, "__defaults__", (path,))
+    monkeypatch.setattr(attention_table, "architecture", lambda device: "sm_90")
+    kind = {"head_dim": 64, "tokens": 50, "causal": False, "varlen": False}
+
+    def row(contender, name, milliseconds, right=True, shape="N=50", **changes):
+        names = {"kind": "time", "op": "attention", "shape": shape, "contender": contender, "pass": name}
+        return {**names, "median_ms": milliseconds, "right": right, **kind, **changes}
+
+    rows = [row("triton", "both", 2.0), row("sdpa", "both", 3.0), row("sdpa_flash", "both", 1.0, right=False)]
+    rows += [row("torch.compile", "both", 0.5), row("triton", "forward", 2.0), row("sdpa", "forward", 1.5)]
+    rows += [row("sdpa", "both", 9.0, tokens=257, shape="N=257"), row("triton", "backward", 0.1)]
+    rows += [{"kind": "skipped", "op": "attention"}, row("triton", "both", 1.0, op="masked_patch_loss")]
+    machine = {
+        "device": "H100",
+        "torch": "2",
+        "triton": "3",
+        "date": "2026-11-22",
+        "dtype": "bfloat16",
+        "kind": "machine",
+    }
+    bench_kernels.write_attention_table(rows, machine)
+    key = attention_table.Key("sm_90", True, 64, 64, False, False)
+    expected = {key: "triton", key._replace(training=False): "sdpa", key._replace(tokens=320): "sdpa"}
+    assert attention_table.read_table(path) == expected
+    measured = json.loads(path.read_text())["measured"]["sm_90"]
+    assert measured["device"] == "H100" and "--write-table" in measured["command"]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -179,6 +214,7 @@ def test_the_summary_gives_our_shares_and_speed():
         (["--op", "attention", "model_step"], "--op model_step is not one of .*; or model_step, alone"),
         (["--device", "tpu"], "--device tpu is not one of cuda, cpu"),
         (["--steps", "0"], "--steps must be at least 1, not 0"),
+        (["--write-table", "--device", "cpu"], "--write-table needs --op attention on a GPU"),
     ],
 )
 def test_what_is_wrong_on_the_command_line_is_named(monkeypatch, options, message):
