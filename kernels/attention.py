@@ -56,6 +56,7 @@ def attention(
         ValueError: shapes that disagree, an unknown backend, or one asked for by name that cannot serve; it names the
             argument.
     """
+    backend = DEFAULT_BACKEND if backend == "auto" else backend
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
     if cu_seqlens_q is None and cu_seqlens_k is None:
@@ -67,7 +68,6 @@ def attention(
         raise ValueError(f"kv_lengths has shape {tuple(kv_lengths.shape)}, expected ({sequences},)")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     masks = Masks(causal, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, kv_lengths, scale)
-    backend = DEFAULT_BACKEND if backend == "auto" else backend
     if backend == "auto" and q.is_cpu:  # one choice, and the calls are so short there that looking it up would show
         _log_cpu()
         return sdpa(q, k, v, masks)

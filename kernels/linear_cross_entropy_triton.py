@@ -27,7 +27,7 @@ def _loss_kernel(
     k = tl.arange(0, BLOCK)
     top, total, sum_exp = float("-inf"), 0.0, 0.0
     for start in range(0, V, BLOCK):
-        x_K = tl.load(logits + start + k, mask=start + k < V, other=float("-inf")).to(tl.float32)
+        x_K = _load(logits, start + k, stride, V)
         new_top = tl.maximum(top, tl.max(x_K, 0))
         sum_exp = sum_exp * tl.exp(top - new_top) + tl.sum(tl.exp(x_K - new_top), 0)
         total += tl.sum(tl.where(start + k < V, x_K, 0.0), 0)
@@ -38,9 +38,16 @@ def _loss_kernel(
     if GRADIENT:
         factor = scale * (1 + 2 * z_loss * lse)
         for start in range(0, V, BLOCK):  # once more, now from L2: a row of 30,522 takes 61 kB
-            x_K = tl.load(logits + start + k, mask=start + k < V, other=float("-inf")).to(tl.float32)
+            x_K = _load(logits, start + k, stride, V)
             share_K = tl.where(start + k == label, 1 - smoothing, 0.0) + smoothing / V
-            tl.store(logits + start + k, factor * tl.exp(x_K - lse) - scale * share_K, mask=start + k < V)
+            tl.store(logits + start + k, factor * tl.exp(x_K - lse) - scale * share_K, mask=start + k < stride)
+
+
+@triton.jit
+def _load(logits, place_K, stride, V):
+    # The mask is of the padded row: it ends on a whole 16 bytes, so loads and stores stay wide.
+    x_K = tl.load(logits + place_K, mask=place_K < stride, other=float("-inf")).to(tl.float32)
+    return tl.where(place_K < V, x_K, float("-inf"))
 
 
 def loss_to_gradient_(
@@ -48,8 +55,8 @@ def loss_to_gradient_(
 ) -> tuple[Tensor, Tensor]:
     """(loss, whether no logit is larger than the target's) of each row, fp32 [R]; NaN where the target is out of range.
 
-    Overwrites `logits_RV` (rows `stride(0)` apart, each contiguous) with scale times the gradient of the loss by
-    them, where `gradient` is true.
+    Where `gradient` is true, overwrites `logits_RV` with scale times the gradient of the loss by them. A row is
+    contiguous, the next one begins `stride(0)` later, and what lies between is padding that the kernel may overwrite.
     """
     R, V = logits_RV.shape
     loss_R, hit_R = torch.empty(2, R, dtype=torch.float32, device=logits_RV.device).unbind()

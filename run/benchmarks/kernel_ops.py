@@ -181,23 +181,16 @@ def _packed_workload(B: int, Nq: int, Nk: int, H: int, D: int, causal: bool, dev
     dtype = SIZES[device.type].dtype
     q, k, v = (torch.randn(n, H, D, device=device, dtype=dtype, requires_grad=True) for n in rows)
     options = {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, "max_seqlen": max(Nq, Nk)}
-    contenders = {**_backends(causal=causal, **options), "torch varlen_attn": partial(_varlen_attn, causal, **options)}
     pairs = float((lengths * (lengths if causal else Nk)).sum())
     work = attention_work((1, rows[0], rows[1], H, D), causal, q.element_size(), pairs)
     shape = f"{_shape(B, Nq, Nk, H, D, causal)} packed"
-    return Workload("attention", shape, (q, k, v), contenders, work, _kind(D, Nq, Nk, causal, varlen=True))
+    kind = _kind(D, Nq, Nk, causal, varlen=True)
+    return Workload("attention", shape, (q, k, v), _backends(causal=causal, **options), work, kind)
 
 
 def _backends(**options: object) -> dict[str, Callable]:
     names = [name for name in attention.BACKENDS if name != "auto"]
     return {name: partial(attention.attention, backend=name, **options) for name in names}
-
-
-def _varlen_attn(causal: bool, q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q, cu_seqlens_k, max_seqlen) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    window = {"window_size": (-1, 0)} if causal else {}
-    return varlen_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen, max_seqlen, **window)
 
 
 def _shape(B: int, Nq: int, Nk: int, H: int, D: int, causal: bool) -> str:
