@@ -17,7 +17,7 @@ from mug.kernels import attention_table
 from mug.model.mug import MUG
 from mug.model.presets import ModelConfig, resolve
 from mug.run import bench_kernels
-from mug.run.benchmarks import kernel_report, model_step
+from mug.run.benchmarks import kernel_report, markdown, model_step
 from mug.run.benchmarks.kernel_ops import attention_work, head_work, patch_work
 from mug.run.benchmarks.kernel_timing import Ceilings, Stopwatch, Timing, Work, Workload, relative_error
 from mug.run.benchmarks.synthetic import VOCABULARY, synthetic_batch
@@ -273,6 +273,7 @@ case "$*" in
   -c*) exit 0 ;;
   "-m pytest "*) echo; echo "7 passed in 1 s" ;;
   *model_step*) echo "losses differ"; exit 1 ;;
+  *markdown*) echo "| table |" ;;
   *) echo "kernels at 90%"; test -n "$PYTHONPATH" ;;
 esac
 """
@@ -285,13 +286,16 @@ def test_gpu_checks_end_with_a_table_and_the_status_of_the_worst_part(tmp_path):
     command = ["run/gpu_checks.sh", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True)
     assert done.returncode == 1
-    table = [line.split(maxsplit=4) for line in done.stdout.splitlines()[-3:]]
+    table = [line.split(maxsplit=4) for line in done.stdout.splitlines()[-5:]]
     assert [(name, verdict, figure) for name, verdict, _, _, figure in table] == [
         ("tests", "PASS", "7 passed in 1 s"),
         ("kernels", "PASS", "kernels at 90%"),
-        ("model", "FAIL", "losses differ"),
+        ("losses", "FAIL", "losses differ"),
+        ("speed", "PASS", "kernels at 90%"),
+        ("compiled", "PASS", "kernels at 90%"),
     ]
     assert (tmp_path / "out" / "tests.log").read_text() == "\n7 passed in 1 s\n"
+    assert (tmp_path / "out" / "benchmarks.md").read_text() == "| table |\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -300,3 +304,18 @@ def test_gpu_checks_without_a_gpu_say_so(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "finds no GPU" in done.stderr
+
+
+def test_markdown_sets_our_attention_beside_the_fastest_of_pytorch():
+    def row(contender, milliseconds, **changes):
+        names = {"kind": "time", "op": "attention", "pass": "both", "shape": "N=50", "contender": contender}
+        rates = {"tflops": 1.0, "gbytes_per_s": 2.0, "roofline": 0.5, "peak_mb": None, "right": True}
+        return {**names, "median_ms": milliseconds, **rates, **changes}
+
+    rows = [row("triton", 1.0), row("sdpa", 3.0), row("sdpa_flash", 1.5), row("reference", 9.0)]
+    rows += [row("sdpa_cudnn", 0.1, right=False), row("flash_attn", 1.25), row("sdpa", 7.0, shape="N=577")]
+    rows += [row("triton", 2.0, op="masked_patch_loss"), row("reference", 5.0, op="masked_patch_loss")]
+    lines = list(markdown.tables(rows))
+    assert "| N=50 | 1.000 | 50% | sdpa_flash | 1.500 | 1.50 | flash_attn | 1.250 |" in lines
+    assert "| N=577 |  |  | sdpa | 7.000 |  |  |  |" in lines
+    assert "| N=50 | triton | 2.000 | 1 | 2 | 50% |  | 2.50 |" in lines
