@@ -31,6 +31,7 @@ from mug.data.stream import Batch, Share, TrainStream, open_held_out, open_train
 from mug.model.mug import OBJECTIVES
 from mug.model.presets import Vocabulary
 from mug.run.training import checkpoint, hardware
+from mug.run.training.apex import check_apex
 from mug.run.training.bundle import Bundle, MicroBatch
 from mug.run.training.bundle import write as write_bundle
 from mug.run.training.console import Console, run_command
@@ -65,6 +66,7 @@ def main(console: Console) -> None:
 
     phases.end("import_deepspeed")
     ds_config = load_deepspeed_config(command.deepspeed, recipe_values(recipe.trainer, recipe.model.width, world))
+    check_apex(recipe.trainer, ds_config)
     check_writable(command.output)
 
     # --- Data ---

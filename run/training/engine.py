@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from mug.run.training.apex import fuse_layer_norms, fused_adam
 from mug.run.training.deepspeed_config import RecipeValues
 from mug.run.training.recipe import TrainerConfig
 
+EPS = 1e-8  # AdamW's
 NO_DECAY = ("cls_token", "mask_token", "position_embed")
 
 
@@ -21,7 +23,7 @@ def recipe_values(trainer: TrainerConfig, width: int, world: int) -> RecipeValue
         bf16=torch.cuda.is_available(),
         learning_rate=trainer.learning_rate,
         betas=tuple(trainer.betas),
-        eps=1e-8,
+        eps=EPS,
         weight_decay=trainer.weight_decay,
         width=width,
     )
@@ -40,15 +42,22 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_engine(model: nn.Module, ds_config: dict[str, Any], trainer: TrainerConfig) -> Any:
-    """deepspeed.initialize on the model; under ZeRO-3 each block is gathered as a whole."""
+    """deepspeed.initialize on the model; under ZeRO-3 each block is gathered as a whole.
+
+    The optimizer is what the DeepSpeed JSON names, unless the recipe asks for apex's.
+    """
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules
 
     if ds_config.get("zero_optimization", {}).get("stage") == 3:
         set_z3_leaf_modules(model, model.zero3_leaves)
+    if trainer.apex_layer_norm:
+        fuse_layer_norms(model)
+    groups = parameter_groups(model, trainer.weight_decay)
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=parameter_groups(model, trainer.weight_decay),
+        optimizer=fused_adam(groups, trainer, EPS) if trainer.apex_adam else None,
+        model_parameters=groups,
         config=ds_config,
         dist_init_required=False,
     )

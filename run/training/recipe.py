@@ -38,6 +38,8 @@ class TrainerConfig:
         log_every: steps between two rows of metrics.
         eval_every: steps between two evaluations on held-out pairs; also at the end.
         eval_samples: held-out pairs to evaluate on; all if there are fewer.
+        apex_adam: take NVIDIA apex's FusedAdam instead of the AdamW of the DeepSpeed JSON.
+        apex_layer_norm: take NVIDIA apex's FusedLayerNorm instead of PyTorch's.
     """
 
     global_batch: int = 4096
@@ -53,6 +55,8 @@ class TrainerConfig:
     log_every: int = 10
     eval_every: int = 1000
     eval_samples: int = 10000
+    apex_adam: bool = False
+    apex_layer_norm: bool = False
 
     @property
     def learning_rate(self) -> float:
