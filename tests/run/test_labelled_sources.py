@@ -150,7 +150,7 @@ def test_an_empty_class_folder_is_named(tmp_path):
 
 
 def test_no_classes_one_class_an_unknown_class_and_no_test_images(tmp_path):
-    refused("name the test images with --test", tmp_path)
+    refused("name the test images too (--test)", tmp_path)
     for name in ("none/train", "none/test", "one/train/cat", "one/test/cat", "new/train", "new/test/fox"):
         (tmp_path / name).mkdir(parents=True)
     refused("holds no class folders", tmp_path / "none")
