@@ -5,7 +5,6 @@ import timm
 import torch
 from torch import nn
 
-from mug.model import interchange
 from mug.model.classifier import Classifier, DropPath, layer_of
 from mug.model.encoder import Encoder
 from mug.model.presets import ModelConfig, resolve
