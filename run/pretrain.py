@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from mug.data.ledger import Ledger
 from mug.data.stream import Batch, Share, TrainStream, open_held_out, open_train
+from mug.model.flops import flops_per_sample
 from mug.model.mug import OBJECTIVES
 from mug.model.presets import Vocabulary
 from mug.run.training import checkpoint, hardware
@@ -36,7 +37,12 @@ from mug.run.training.bundle import Bundle, MicroBatch
 from mug.run.training.bundle import write as write_bundle
 from mug.run.training.console import Console, run_command
 from mug.run.training.deepspeed_config import check_batch, load_deepspeed_config
-from mug.run.training.engine import build_engine, recipe_values, set_learning_rate, whole_weights
+from mug.run.training.engine import (
+    build_engine,
+    recipe_values,
+    set_learning_rate,
+    whole_weights,
+)
 from mug.run.training.errors import Diverged, Restart, RunError
 from mug.run.training.evaluation import HeldOut
 from mug.run.training.interruption import Interruption
@@ -398,11 +404,12 @@ def open_log(run: Run, resumed: checkpoint.Checkpoint | None) -> Iterator[Log]:
     clock = Clock(run.phases.began)
     if resumed:
         clock.load_state_dict(resumed.manifest["clock"])
+    flops = flops_per_sample(recipe.model, run.engine.module.vocabulary.size)
     with MetricsWriter(output, resumed.step if resumed else 0) if dist.get_rank() == 0 else nullcontext() as metrics:
         losses = hardware.on_rank_zero(lambda: logged_losses(output))
         log = Log(
             metrics,
-            Meter(recipe, run.engine.module.vocabulary.size, clock),
+            Meter(recipe.trainer.global_batch, sum(flops.values()), clock),
             WaitAlarm(recipe.data.workers),
             SpikeAlarm(recipe.safety.spike_factor, losses),
             Saver(run.engine, output, recipe.checkpoint, lambda step, seconds: log.event(step, "checkpoint", seconds)),

@@ -9,9 +9,7 @@
 A source that holds both splits gives them by itself; else the test images are named apart.
 """
 
-import gzip
 import hashlib
-import io
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,20 +19,17 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
 
+from mug.data import fashion_mnist
 from mug.data.config import DataConfig
 from mug.data.crops import CentralSquare, Crop
-from mug.data.decode import decode_crop
+from mug.data.decode import Mode, decode_crop
 from mug.data.errors import BadSample, DataError
 from mug.data.openmoji import ensure_openmoji
 from mug.data.reader import Reader
 from mug.run.training.errors import RunError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp"}
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
-FASHION_MNIST_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat")
-FASHION_MNIST_NAMES += ("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 TEST_NAMES = ("test", "val", "validation")  # the first that a source has
 CENTRAL = CentralSquare()
 
@@ -63,14 +58,14 @@ class Source:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def view(self, number: int, size: int, crop: Crop = CENTRAL) -> np.ndarray:
+    def view(self, number: int, size: int, crop: Crop = CENTRAL, mode: Mode = "exact") -> np.ndarray:
         """The part `crop` as uint8 [3, size, size], bicubic, larger or smaller than the image; grey becomes RGB.
 
         Raises:
             DataError: the image cannot be decoded; it is named.
         """
         try:
-            return decode_crop(self.images.read(number), size, crop)
+            return decode_crop(self.images.read(number), size, crop, mode)
         except BadSample as error:
             raise DataError(f"{self.images.name(number)}: {error}; mend it or take it out") from error
 
@@ -103,13 +98,15 @@ def open_splits(data: str, test: str | None, label: str, cache: str | None) -> S
     """
     kind, _, where = data.partition(":")
     if kind == "fashion-mnist":
-        train, test_source = (open_fashion_mnist(Path(where or FASHION_MNIST), split) for split in ("train", "t10k"))
+        train, test_source = (
+            open_fashion_mnist(Path(where or fashion_mnist.INSTALLED), split) for split in ("train", "t10k")
+        )
     elif data == "openmoji":
         train, test_source = open_openmoji(cache)
     else:
         inside = [] if test else [name for name in TEST_NAMES if (Path(data) / name).is_dir()]
         if not test and not inside:
-            raise RunError(f"--data {data} has no folder {', '.join(TEST_NAMES)}; name the test images with --test")
+            raise RunError(f"{data} has no folder {', '.join(TEST_NAMES)}; name the test images too (--test)")
         train = open_source(f"{data}/train" if inside else data, label, cache)
         test_source = open_source(test or f"{data}/{inside[0]}", label, cache)
     return align(train, test_source)
@@ -179,7 +176,7 @@ def open_shards(patterns: str, label: str, cache: str | None) -> Source:
             labels.append(str(json.loads(images.reader.read_json(*images.place(number)))[label]))
         except (ValueError, KeyError, TypeError):
             name = images.name(number)
-            raise RunError(f"{name}: its json has no '{label}'; name the label's key with --label") from None
+            raise RunError(f"{name}: its json has no '{label}'; name the label's key (--label)") from None
     return Source(images, labels, images.reader.index.fingerprint)
 
 
@@ -235,32 +232,12 @@ def open_fashion_mnist(folder: Path, split: str) -> Source:
     """28 x 28 px, grey (white on black), 10 classes; 60,000 images in `train`, 10,000 in `t10k`.
 
     Raises:
-        RunError: a file is missing or damaged, or a label is out of range.
+        DataError: a file is missing or damaged, or a label is out of range.
     """
-    try:
-        pixels = InIdx(folder, split).pixels_NHW
-        labels = _read_idx(folder / f"{split}-labels-idx1-ubyte.gz")
-    except FileNotFoundError as error:
-        raise RunError(
-            f"{error.filename} is missing: install Debian's dataset-fashion-mnist, or unpack it and name its folder"
-            " as fashion-mnist:FOLDER"
-        ) from None
-    except (OSError, EOFError, ValueError) as error:
-        raise RunError(f"{folder}: {split} cannot be read ({error}); fetch it anew") from None
-    if len(pixels) != len(labels) or labels.max(initial=0) >= len(FASHION_MNIST_NAMES):
-        raise RunError(f"{folder}: {split} holds {len(pixels)} images and {len(labels)} labels, up to {labels.max()}")
-    digest = hashlib.sha256(pixels.tobytes()).hexdigest()
-    return Source(InIdx(folder, split), [FASHION_MNIST_NAMES[label] for label in labels], digest)
-
-
-def _read_idx(path: Path) -> np.ndarray:
-    """An array of uint8 in the idx format of MNIST: two zeros, type 8, the rank, each dimension, the values."""
-    data = gzip.decompress(path.read_bytes())
-    if data[:3] != b"\0\0\x08":
-        raise ValueError(f"{path.name} is no idx file of bytes")
-    rank = data[3]
-    shape = np.frombuffer(data, ">i4", rank, offset=4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    pixels_NHW = fashion_mnist.read_pixels(folder, split)
+    labels_N = fashion_mnist.read_labels(folder, split, len(pixels_NHW))
+    digest = hashlib.sha256(pixels_NHW.tobytes()).hexdigest()
+    return Source(InIdx(folder, split), [fashion_mnist.NAMES[label] for label in labels_N], digest)
 
 
 # --- Their images ------------------------------------------------------------------------------------------
@@ -329,15 +306,13 @@ class InIdx:
 
     @cached_property
     def pixels_NHW(self) -> np.ndarray:
-        return _read_idx(self.folder / f"{self.split}-images-idx3-ubyte.gz")
+        return fashion_mnist.read_pixels(self.folder, self.split)
 
     def __reduce__(self):
         return InIdx, (self.folder, self.split)
 
     def read(self, number: int) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(self.pixels_NHW[number]).save(buffer, "PNG", compress_level=1)
-        return buffer.getvalue()
+        return fashion_mnist.as_png(self.pixels_NHW[number])
 
     def name(self, number: int) -> str:
         return f"{self.folder}, {self.split} image {number}"
