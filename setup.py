@@ -2,7 +2,8 @@
 
 from setuptools import setup
 
-FOLDERS = ["model", "data", "kernels", "run", "run/benchmarks", "run/evaluation", "run/exporting", "run/training"]
+FOLDERS = ["model", "data", "kernels", "run", "run/benchmarks", "run/evaluation", "run/exporting"]
+FOLDERS += ["run/reporting", "run/segmentation", "run/training"]
 
 setup(
     name="mug",

@@ -5,15 +5,12 @@ python run/generate.py runs/openmoji_tiny                      # held-out pairs 
 python run/generate.py runs/openmoji_tiny photo.jpg shard.tar --beams 4 --out seen
 """
 
-import base64
 import html
-import io
 from pathlib import Path
 
 import numpy as np
 import torch
 from jsonargparse import Namespace
-from PIL import Image
 
 from mug.data.captions import choose
 from mug.data.config import DataConfig
@@ -22,6 +19,7 @@ from mug.data.decode import decode_crop
 from mug.data.errors import DataError
 from mug.data.openmoji import ensure_openmoji
 from mug.data.reader import Reader
+from mug.run.reporting.page import data_url, html_page
 from mug.run.training.checkpoint import Checkpoint
 from mug.run.training.command_line import Parser
 from mug.run.training.console import Console, run_command
@@ -116,15 +114,6 @@ def held_out_figures(found: Checkpoint) -> list[str]:
     ]
 
 
-STYLE = """
-body { font: 16px system-ui, sans-serif; margin: 1.5rem auto; max-width: 62rem; padding: 0 1rem; color: #222 }
-article { display: flex; flex-wrap: wrap; gap: .6rem 1rem; padding: .9rem 0; border-top: 1px solid #ddd }
-article > div { display: flex; gap: .6rem } figure { margin: 0; flex: 0 1 8rem; min-width: 0 }
-img { width: 100%; display: block; border: 1px solid #eee }
-figcaption, dt { color: #666; font-size: .8rem } dl { margin: 0; flex: 1 1 14rem } dd { margin: 0 0 .5rem }
-"""
-
-
 def page(samples: list[Sample], facts: list[str], normalized: bool) -> str:
     """One HTML page that needs no other file and no network."""
     source = ". ".join(facts)
@@ -135,18 +124,16 @@ def page(samples: list[Sample], facts: list[str], normalized: bool) -> str:
         else "Painted patches are shown as predicted."
     )
     articles = "".join(_article(sample) for sample in samples)
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>MUG: {html.escape(facts[0])}</title><style>{STYLE}</style>"
+    return html_page(
+        f"MUG: {facts[0]}",
         f"<h1>What MUG sees</h1><p>{html.escape(source)}. The encoder sees the patches that are not grey, and paints"
-        f" the others; captions are written from the whole image. {note}</p>{articles}</html>"
+        f" the others; captions are written from the whole image. {note}</p>{articles}",
     )
 
 
 def _article(sample: Sample) -> str:
     figures = "".join(
-        f'<figure><img alt="{name}" src="{_data_url(image)}"><figcaption>{name}</figcaption></figure>'
+        f'<figure><img alt="{name}" src="{data_url(image)}"><figcaption>{name}</figcaption></figure>'
         for name, image in zip(COLUMNS, sample.images(), strict=True)
     )
     captions = "".join(
@@ -154,12 +141,6 @@ def _article(sample: Sample) -> str:
         for author, text in sample.captions.items()
     )
     return f"<article><div>{figures}</div><dl>{captions}</dl></article>"
-
-
-def _data_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 if __name__ == "__main__":
