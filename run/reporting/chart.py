@@ -152,7 +152,7 @@ def _frame(x_axis: Axis, y_axis: Axis, x_label: str) -> Iterator[str]:
         yield f'<path class="tick" d="M{x:.1f} {bottom}v4"/>'
         yield f'<text class="x" x="{x:.1f}" y="{bottom + 16}">{label}</text>'
     yield f'<path class="axis" d="M{left} {top}V{bottom}H{right}"/>'
-    yield f'<text class="x" x="{(left + right) / 2}" y="{HEIGHT - 5}">{html.escape(x_label)}</text>'
+    yield f'<text class="x name" x="{(left + right) / 2}" y="{HEIGHT - 5}">{html.escape(x_label)}</text>'
 
 
 def _mark(x_axis: Axis, x: float, colour: int, what: str) -> str:

@@ -20,7 +20,7 @@ nav, nav a { color: var(--faint); font-size: .9rem } section { scroll-margin-top
 .chart figcaption { display: flex; justify-content: space-between; color: var(--ink); font-size: .9rem }
 .legend { display: flex; flex-wrap: wrap; gap: 0 1rem; margin: .2rem 0; padding: 0; list-style: none; font-size: .78rem;
   color: var(--faint) }
-.legend output { color: var(--ink); font-variant-numeric: tabular-nums }
+.legend output { display: inline-block; min-width: 4em; color: var(--ink); font-variant-numeric: tabular-nums }
 i.training, i.evaluation { display: inline-block; width: 1.1em; height: 0; margin-right: .35em; vertical-align: middle;
   border-top: 3px solid var(--c) }
 i.evaluation { border-top-style: dotted }
@@ -41,8 +41,9 @@ summary { cursor: pointer; color: var(--faint) }
 """
 )
 
-# Under the pointer, the legend shows the values at its place instead of the last ones. The first x of a series that
-# is not left of the pointer is found by bisection. LEFT and SPAN are the plot's in the SVG's own pixels.
+# Under the pointer, the legend shows the values at its place instead of the last ones, and the axis says where that is.
+# The first x of a series that is not left of the pointer is found by bisection. LEFT and SPAN are the plot's in the
+# SVG's own pixels.
 SCRIPT = """
 const short = v => Math.abs(v) >= 1e4 || (v && Math.abs(v) < 1e-3) ? v.toExponential(2) : String(+v.toPrecision(4));
 for (const chart of document.querySelectorAll(".chart")) {
@@ -55,18 +56,21 @@ for (const chart of document.querySelectorAll(".chart")) {
   };
   for (const svg of chart.querySelectorAll("svg")) {
     const [first, end] = svg.dataset.x.split(" ").map(Number), cursor = svg.querySelector(".cursor");
+    const name = svg.querySelector(".name"), axis = name.textContent;
     svg.addEventListener("pointermove", event => {
       const box = svg.getBoundingClientRect(), scale = svg.viewBox.baseVal.width / box.width;
       const share = Math.min(1, Math.max(0, ((event.clientX - box.left) * scale - LEFT) / SPAN));
       const x = first + share * (end - first);
       cursor.setAttribute("d", `M${LEFT + share * SPAN} TOPvHEIGHT`);
       series.forEach(({ points }, i) => {
-        const [at, value] = nearest(points, x);
-        outputs[i].textContent = value === null ? "not finite" : `${short(value)} at ${at}`;
+        const value = nearest(points, x)[1];
+        outputs[i].textContent = value === null ? "–" : short(value);
       });
+      name.textContent = `${axis} ${Math.round(x)}`;
     });
     svg.addEventListener("pointerleave", () => {
       cursor.setAttribute("d", "");
+      name.textContent = axis;
       outputs.forEach((output, i) => { output.textContent = last[i]; });
     });
   }
