@@ -12,13 +12,11 @@ import numpy as np
 import torch
 from jsonargparse import Namespace
 
-from mug.data.captions import choose
 from mug.data.config import DataConfig
 from mug.data.crops import CentralSquare
 from mug.data.decode import decode_crop
 from mug.data.errors import DataError
-from mug.data.openmoji import ensure_openmoji
-from mug.data.reader import Reader
+from mug.run.evaluation.pairs import held_out_openmoji, read_pairs
 from mug.run.reporting.page import data_url, html_page
 from mug.run.training.checkpoint import Checkpoint
 from mug.run.training.command_line import Parser
@@ -79,27 +77,26 @@ def read_inputs(options: Namespace, size: int) -> tuple[list[np.ndarray], list[s
         DataError: a file cannot be decoded; it is named.
     """
     config = DataConfig(cache=options.cache)
-    names = options.inputs or [f"{ensure_openmoji(config.cache_folder())}/held_out-*.tar"]
-    images, true = [], []
-    for name in names:
+    pairs: list[tuple[np.ndarray, str]] = []
+    for name in options.inputs or [held_out_openmoji(config)]:
         path = Path(name)
         if options.inputs and not path.is_file():
             raise RunError(f"{path}: no such file; name images or shards")
-        pairs = [(path.read_bytes(), "")] if path.suffix in IMAGES else read_shards(name, config, options.limit)
-        for data, caption in pairs:
-            try:
-                images.append(decode_crop(data, size, CentralSquare()))
-            except DataError as error:
-                raise DataError(f"{path}: {error}") from error
-            true.append(caption)
-    return images[: options.limit], true[: options.limit]
+        if path.suffix in IMAGES:
+            pairs.append((read_image(path, size), ""))
+        else:
+            found = read_pairs(name, config, size, options.limit)
+            pairs += [(pair.image, next(iter(pair.captions), "")) for pair in found]
+    images, true = zip(*pairs[: options.limit], strict=True)
+    return list(images), list(true)
 
 
-def read_shards(patterns: str, config: DataConfig, limit: int) -> list[tuple[bytes, str]]:
-    """Images and captions of at most `limit` pairs, spread evenly over the shards."""
-    reader = Reader.open(patterns, config)
-    files = [reader.read(*place) for place in reader.spread(limit)]
-    return [(image, choose(text, meta, ("en",), 0.0)) for image, text, meta in files]
+def read_image(path: Path, size: int) -> np.ndarray:
+    """The central square of an image file, uint8 [3, size, size]."""
+    try:
+        return decode_crop(path.read_bytes(), size, CentralSquare())
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def held_out_figures(found: Checkpoint) -> list[str]:

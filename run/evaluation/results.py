@@ -13,8 +13,9 @@ RESULTS = "results.jsonl"
 NAMES = ("method", "encoder", "data", "feature", "setting")
 
 
-def add_result(file: Path, row: dict[str, Any]) -> None:
-    with file.open("a", encoding="utf-8") as lines:
+def add_result(folder: Path, row: dict[str, Any]) -> None:
+    """Append a result to those in the run's folder."""
+    with (folder / RESULTS).open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
