@@ -67,6 +67,7 @@ class EvaluationView:
     """Samples in the order of the S shards, which hold counts_S (int64 [S]); central squares, first captions."""
 
     counts_S: np.ndarray
+    fraction: float = 1.0  # of the shorter side, that the square takes
 
     def locate(self, positions_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ends_S = np.cumsum(self.counts_S)
@@ -74,7 +75,7 @@ class EvaluationView:
         return np.zeros_like(positions_N), shards_N, positions_N - (ends_S - self.counts_S)[shards_N]
 
     def crop(self, epoch: int, position: int) -> Crop:
-        return CentralSquare()
+        return CentralSquare(self.fraction)
 
     def caption(self, epoch: int, position: int) -> float:
         return 0.0
@@ -102,6 +103,10 @@ class Pairs:
     def __len__(self) -> int:
         """Number of samples in the shards."""
         return len(self.reader.index)
+
+    def identity(self) -> dict[str, str]:
+        """What a position's sample depends on, beside the order."""
+        return {"fingerprint": self.reader.index.fingerprint, "tokenizer": self.tokenizer.fingerprint}
 
     def batch(self, positions: Sequence[int]) -> tuple[Batch, list[Replaced]]:
         """B samples, and which of them stand in for others.

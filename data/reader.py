@@ -13,6 +13,7 @@ from mug.data.fetch import Fetch
 from mug.data.index import Index
 from mug.data.rows import IMAGE, JSON, TEXT
 
+GROUPED = ("parquet", "arrow_batches")  # formats whose samples are rows of a group that is read as a whole
 NEAR = 16 * 2**10  # bytes between two parts of a sample that are better read than stepped over
 
 
@@ -55,7 +56,7 @@ class Reader:
             (int(rows.text_offset[row]), int(rows.text_length[row])),
             (int(rows.json_offset[row]), int(rows.json_length[row])),
         ]
-        if self.index.formats[shard] in ("parquet", "arrow_batches"):
+        if self.index.formats[shard] in GROUPED:
             path = self.fetch.local(shard)
             image, text, meta = (
                 self.groups.read(path, part, *place) if place[1] >= 0 else b""
@@ -64,6 +65,20 @@ class Reader:
         else:
             image, text, meta = self._read_spans(shard, places)
         return image, text, meta
+
+    def read_json(self, shard: int, row: int) -> bytes:
+        """The json of a sample alone, empty where it has none.
+
+        Raises:
+            DataError: the shard cannot be read, or is not the one that was indexed.
+        """
+        rows = self.index.rows(shard)
+        offset, length = int(rows.json_offset[row]), int(rows.json_length[row])
+        if length < 0:
+            return b""
+        if self.index.formats[shard] in GROUPED:
+            return self.groups.read(self.fetch.local(shard), JSON, offset, length)
+        return self.fetch.read(shard, offset, min(length, MAX_JSON + 1))
 
     def _read_spans(self, shard: int, places: list[tuple[int, int]]) -> list[bytes]:
         """The bytes at each (offset, length): in one read where they lie side by side, as in a tar they do."""

@@ -18,6 +18,12 @@ def flops_per_sample(config: ModelConfig, vocabulary_size: int) -> dict[str, flo
     return {stage: 3 * 2 * count for stage, count in multiply_adds.items()}
 
 
+def classifier_flops(config: ModelConfig, classes: int) -> float:
+    """FLOP of forward and backward of the encoder on a whole image, and a linear layer on its features."""
+    blocks = config.depth * _block(1 + config.patches, config.width)
+    return 3 * 2 * (config.patches * config.patch_values * config.width + blocks + config.width * classes)
+
+
 def _block(tokens: int, width: int, causal: bool = False) -> float:
     """Multiply-adds of qkv, proj and an MLP of 4 x width (12 width²), and of attention's two products."""
     return 12 * width**2 * tokens + 2 * tokens**2 * width * (0.5 if causal else 1)

@@ -44,7 +44,8 @@ def main(console: Console) -> None:
     vocabulary = Vocabulary(VOCABULARY.get(options.preset, 30522), pad=0, bos=1, eos=2, mask=3)
     batch = synthetic_batch(config, vocabulary, options.batch)
     bare = bare_loop(MUG(config, vocabulary), trainer, batch)
-    engine = build_engine(MUG(config, vocabulary), ds_config, trainer)
+    model = MUG(config, vocabulary)
+    engine = build_engine(model, ds_config, parameter_groups(model, trainer.weight_decay))
     times = take_turns({"bare": bare, "trainer": lambda: train_step(engine, [batch], WEIGHTS)}, options.steps)
     median = {name: statistics.median(values) for name, values in times.items()}
     console.say(

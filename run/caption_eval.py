@@ -25,7 +25,7 @@ from mug.model.generate import beam_search
 from mug.model.mug import MUG
 from mug.run.evaluation.captions import score
 from mug.run.evaluation.pairs import Pair, held_out_openmoji, read_pairs
-from mug.run.evaluation.results import add_result
+from mug.run.evaluation.records import add_result
 from mug.run.reporting.runs import CAPTIONS
 from mug.run.training.checkpoint import Checkpoint
 from mug.run.training.command_line import Parser

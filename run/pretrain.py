@@ -26,12 +26,13 @@ import torch.distributed as dist
 
 from mug.data.ledger import Ledger
 from mug.data.stream import Batch, Share, TrainStream, open_held_out, open_train
+from mug.model.flops import flops_per_sample
 from mug.model.mug import OBJECTIVES
 from mug.model.presets import Vocabulary
 from mug.run.training import checkpoint, hardware
 from mug.run.training.console import Console, run_command
 from mug.run.training.deepspeed_config import check_batch, load_deepspeed_config
-from mug.run.training.engine import build_engine, recipe_values, set_learning_rate, whole_weights
+from mug.run.training.engine import build_engine, parameter_groups, recipe_values, set_learning_rate, whole_weights
 from mug.run.training.errors import RunError
 from mug.run.training.evaluation import HeldOut
 from mug.run.training.losses import Means, shares, total_loss
@@ -84,7 +85,7 @@ def main(console: Console) -> None:
     if resumed:
         load_weights(model, SavedState(resumed.folder))
     phases.end("load_weights")
-    engine = build_engine(model, ds_config, recipe.trainer)
+    engine = build_engine(model, ds_config, parameter_groups(model, recipe.trainer.weight_decay))
     phases.end("engine")
     if resumed:
         load_engine(engine, resumed)
@@ -256,7 +257,8 @@ def train(run: Run, done: int) -> None:
         trainer.warmup_samples,
         run.steps * trainer.global_batch,
     )
-    meter = Meter(run.recipe, run.engine.module.vocabulary.size)
+    flops = flops_per_sample(run.recipe.model, run.engine.module.vocabulary.size)
+    meter = Meter(trainer.global_batch, sum(flops.values()))
     alarm = WaitAlarm(run.recipe.data.workers)
     run.console.start_bar(run.steps, done)
     with open_metrics(run, done) as metrics:

@@ -1,29 +1,28 @@
-"""Results of evaluations: a JSON line each, kept in the run's folder, where the report finds them.
+"""Tables in a Markdown file that several commands write into, a section each."""
 
-A line names the `method` and what it was measured on (`encoder`, `data`, `setting`); the rest are figures.
-"""
-
-import json
+import re
+import statistics
 from pathlib import Path
-from typing import Any
-
-from mug.run.training.metrics import read_rows
-
-RESULTS = "results.jsonl"
-NAMES = ("method", "encoder", "data", "feature", "setting")
 
 
-def add_result(folder: Path, row: dict[str, Any]) -> None:
-    """Append a result to those in the run's folder."""
-    with (folder / RESULTS).open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+def spread(values: list[float]) -> str:
+    """Shares as percent: mean ± standard deviation (n - 1), or the one value."""
+    mean = f"{100 * statistics.fmean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.2f}"
 
 
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    """The results in the run's folder, whatever their file is called; of those measured twice, the later."""
-    found = {}
-    for file in sorted(folder.glob("*.jsonl")):
-        for row in read_rows(file):
-            if isinstance(row, dict) and "method" in row:
-                found[tuple(str(row.get(name)) for name in NAMES)] = row
-    return list(found.values())
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_section(path: Path, heading: str, text: str) -> None:
+    """Put `text` under the heading `## HEADING` of a file, in the place of what stood there; else at its end."""
+    before = path.read_text(encoding="utf-8") if path.is_file() else "# Results\n"
+    fresh = f"## {heading}\n\n{text}\n"
+    pattern = re.compile(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
+    after, found = pattern.subn(lambda _: f"{fresh}\n", before)
+    after = after if found else f"{before.rstrip()}\n\n{fresh}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{after.rstrip()}\n", encoding="utf-8")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mug.run.evaluation.results import read_results
+from mug.run.evaluation.records import read_results
 from mug.run.training.checkpoint import list_folders, read_manifest
 from mug.run.training.errors import RunError
 from mug.run.training.metrics import read_rows

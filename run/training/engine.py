@@ -8,7 +8,7 @@ from torch import nn
 from mug.run.training.deepspeed_config import RecipeValues
 from mug.run.training.recipe import TrainerConfig
 
-NO_DECAY = ("cls_token", "mask_token", "position_embed")
+NO_DECAY = ("cls_token", "mask_token", "position_embed", "positions_ND")
 
 
 def recipe_values(trainer: TrainerConfig, width: int, world: int) -> RecipeValues:
@@ -31,16 +31,23 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Two groups: matrices, with weight decay; norms, biases, tokens and positions, without."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
-        decays = parameter.ndim > 1 and not name.endswith(NO_DECAY)
-        groups[decays].append(parameter)
+        groups[decays(name, parameter)].append(parameter)
     return [
         {"params": groups[True], "weight_decay": weight_decay},
         {"params": groups[False], "weight_decay": 0.0},
     ]
 
 
-def build_engine(model: nn.Module, ds_config: dict[str, Any], trainer: TrainerConfig) -> Any:
-    """deepspeed.initialize on the model; under ZeRO-3 each block is gathered as a whole."""
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay shrinks it: not norms, biases, tokens and positions."""
+    return parameter.ndim > 1 and not name.endswith(NO_DECAY)
+
+
+def build_engine(model: nn.Module, ds_config: dict[str, Any], groups: list[dict[str, Any]]) -> Any:
+    """deepspeed.initialize on the model; under ZeRO-3 each block is gathered as a whole.
+
+    groups: of the model's parameters, for the optimizer.
+    """
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules
 
@@ -48,7 +55,7 @@ def build_engine(model: nn.Module, ds_config: dict[str, Any], trainer: TrainerCo
         set_z3_leaf_modules(model, model.zero3_leaves)
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=parameter_groups(model, trainer.weight_decay),
+        model_parameters=groups,
         config=ds_config,
         dist_init_required=False,
     )
@@ -56,8 +63,9 @@ def build_engine(model: nn.Module, ds_config: dict[str, Any], trainer: TrainerCo
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """Set it, times the `lr_scale` of those groups that have one."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
 @torch.no_grad()

@@ -12,9 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mug.model.flops import flops_per_sample
 from mug.run.training import hardware
-from mug.run.training.recipe import Recipe
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -77,11 +75,13 @@ class MetricsWriter:
 
 
 class Meter:
-    """Speed since the last reading, without the time spent on evaluations and checkpoints."""
+    """Speed since the last reading, without the time spent on evaluations and checkpoints.
 
-    def __init__(self, recipe: Recipe, vocabulary_size: int):
-        self.batch = recipe.trainer.global_batch
-        flops = sum(flops_per_sample(recipe.model, vocabulary_size).values())
+    batch: samples of a step, over all ranks. flops: of one sample, forward and backward.
+    """
+
+    def __init__(self, batch: int, flops: float):
+        self.batch = batch
         peak = hardware.peak_flops()
         self.mfu_of_rate = flops / (peak * dist.get_world_size()) if peak else None
         self._restart()

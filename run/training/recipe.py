@@ -6,8 +6,9 @@ import operator
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from jsonargparse import SUPPRESS, Namespace
+from jsonargparse import SUPPRESS
 
 from mug.data.config import DataConfig
 from mug.model.presets import ModelConfig, resolve
@@ -97,19 +98,24 @@ class Recipe:
 class Command:
     """What the command line says: the recipe, the DeepSpeed JSON, and the folder of the run."""
 
-    recipe: Recipe
+    recipe: Any
     deepspeed: Path
     output: Path
 
 
 def build_parser() -> Parser:
     """The options of run/pretrain.py."""
-    parser = Parser(prog="pretrain.py", description="Pre-train MUG on image-text pairs.")
-    parser.add_argument("--config", action="config", help="recipe, a YAML file (default: openmoji_tiny.yaml)")
+    return recipe_parser("pretrain.py", "Pre-train MUG on image-text pairs.", Recipe, DEFAULT_RECIPE)
+
+
+def recipe_parser(prog: str, description: str, recipe: type, default: Path) -> Parser:
+    """The options of a command that trains by a recipe: a key each of the dataclass, and where things are."""
+    parser = Parser(prog=prog, description=description)
+    parser.add_argument("--config", action="config", help=f"recipe, a YAML file (default: {default.name})")
     parser.add_argument("--deepspeed", type=str | None, default=None, help="DeepSpeed JSON, from ds_configs/")
     parser.add_argument("--output", type=str | None, default=None, help="folder of the run (runs/RECIPE)")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=SUPPRESS)  # the launcher's
-    parser.add_class_arguments(Recipe, as_group=False)
+    parser.add_class_arguments(recipe, as_group=False)
     return parser
 
 
@@ -120,23 +126,35 @@ def parse_command(arguments: list[str] | None = None) -> Command:
         RunError: an unknown flag or recipe key, a value of the wrong type, a missing recipe or JSON.
         ModelConfigError: sizes that do not fit together.
     """
+    command = parse_recipe(build_parser(), Recipe, DEFAULT_RECIPE, arguments)
+    check_least(command.recipe, LEAST)
+    return dataclasses.replace(command, recipe=dataclasses.replace(command.recipe, model=resolve(command.recipe.model)))
+
+
+def parse_recipe(parser: Parser, recipe: type, default: Path, arguments: list[str] | None) -> Command:
+    """Parse a command line of `recipe_parser`; without --config, the recipe is `default`.
+
+    Raises:
+        RunError: an unknown flag or recipe key, a value of the wrong type, a missing recipe or JSON.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     recipe_file = _recipe_file(arguments)
     if recipe_file is None:
-        recipe_file = DEFAULT_RECIPE
+        recipe_file = default
         arguments = ["--config", str(recipe_file), *arguments]
     if not recipe_file.is_file():
-        shipped = ", ".join(sorted(path.name for path in RECIPES.glob("*.yaml")))
-        raise RunError(f"--config {recipe_file}: no such file; {RECIPES.name}/ holds {shipped}")
-    parser = build_parser()
+        shipped = ", ".join(sorted(path.name for path in default.parent.glob("*.yaml")))
+        raise RunError(f"--config {recipe_file}: no such file; {default.parent.name}/ holds {shipped}")
     parsed = parser.parse_args(arguments)
     if parsed.deepspeed is None:
         raise RunError("--deepspeed is missing; name a DeepSpeed JSON, for example ds_configs/zero3.json")
     output = Path(parsed.output or Path("runs") / recipe_file.stem)
-    for section in ("model", "data", "trainer", "checkpoint"):
-        if parsed[section] is None:
-            raise RunError(f"{recipe_file}: section {section} is empty; give it keys, or leave it out")
-    return Command(_recipe(parser.instantiate(parsed)), Path(parsed.deepspeed), output)
+    fields = dataclasses.fields(recipe)
+    for one in fields:
+        if parsed[one.name] is None and dataclasses.is_dataclass(one.type):
+            raise RunError(f"{recipe_file}: section {one.name} is empty; give it keys, or leave it out")
+    values = parser.instantiate(parsed)
+    return Command(recipe(**{one.name: values[one.name] for one in fields}), Path(parsed.deepspeed), output)
 
 
 def _recipe_file(arguments: list[str]) -> Path | None:
@@ -167,12 +185,11 @@ LEAST = {
 }
 
 
-def _recipe(values: Namespace) -> Recipe:
-    recipe = Recipe(**{f.name: values[f.name] for f in dataclasses.fields(Recipe)})
-    for name, least in LEAST.items():
+def check_least(recipe: Any, least: dict[str, float]) -> None:
+    """Raise RunError unless the numbers of these dotted names are at least so large, and trainer.betas in range."""
+    for name, bound in least.items():
         value = operator.attrgetter(name)(recipe)
-        if value is not None and value < least:
-            raise RunError(f"{name} must be at least {least}, not {value}")
+        if value is not None and value < bound:
+            raise RunError(f"{name} must be at least {bound}, not {value}")
     if not all(0 <= beta < 1 for beta in recipe.trainer.betas):
         raise RunError(f"trainer.betas must lie in [0, 1), not be {recipe.trainer.betas}")
-    return dataclasses.replace(recipe, model=resolve(recipe.model))

@@ -179,10 +179,13 @@ class SavedState:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, saved: SavedState) -> None:
-    """Fill a whole model, not yet given to DeepSpeed, parameter by parameter."""
+def load_weights(model: nn.Module, saved: SavedState, prefix: str = "") -> None:
+    """Fill a whole model, not yet given to DeepSpeed, parameter by parameter.
+
+    prefix: what stands before its parameters' names there, if it was a part of what was saved.
+    """
     for name, parameter in model.named_parameters():
-        parameter.copy_(saved.read(WEIGHT, Piece(name, 0), parameter.numel()).view_as(parameter))
+        parameter.copy_(saved.read(WEIGHT, Piece(prefix + name, 0), parameter.numel()).view_as(parameter))
 
 
 @torch.no_grad()
