@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 
 from mug.data import rng
 from mug.data.config import DataConfig
+from mug.data.errors import DataError
 from mug.data.ledger import Replaced
 from mug.data.order import Order
 from mug.data.scenes import ensure_scenes
@@ -51,21 +52,23 @@ class Scenes:
         """The image, RGB, and its labels, uint8 [H, W]: 0..classes-1, or 255.
 
         Raises:
-            RunError: a file cannot be read, they differ in size, or a label is out of range; names the file.
+            DataError: a file cannot be read, they differ in size, or a label is out of range; names the file.
         """
         try:
             image = Image.open(self.images[number]).convert("RGB")
             labels_HW = np.array(Image.open(self.annotations[number]))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise RunError(f"{self.images[number]} or its annotation cannot be read ({error}); fetch it anew") from None
+            raise DataError(
+                f"{self.images[number]} or its annotation cannot be read ({error}); fetch it anew"
+            ) from None
         path = self.annotations[number]
         if labels_HW.dtype != np.uint8 or labels_HW.shape != (image.height, image.width):
-            raise RunError(f"{path} must have one byte for each of the image's {image.height} x {image.width} pixels")
+            raise DataError(f"{path} must have one byte for each of the image's {image.height} x {image.width} pixels")
         if self.reduce_zero_label:
             labels_HW = np.where(labels_HW == 0, IGNORED, labels_HW - (labels_HW != IGNORED)).astype(np.uint8)
         most = labels_HW[labels_HW != IGNORED].max(initial=0)
         if most >= self.classes:
-            raise RunError(f"{path}: class {most} is out of range, model.classes is {self.classes}, counted from 0")
+            raise DataError(f"{path}: class {most} is out of range, model.classes is {self.classes}, counted from 0")
         return image, labels_HW
 
     def fingerprint(self) -> str:
