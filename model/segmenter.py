@@ -10,6 +10,7 @@ from mug.model.classifier import choose_paths, take_over
 from mug.model.encoder import Encoder
 from mug.model.positions import sincos_2d
 from mug.model.presets import ModelConfig, ModelConfigError
+from mug.model.random_choices import DROP_CHANNEL, random_bits
 
 Batch = dict[str, Tensor]
 
@@ -43,6 +44,18 @@ class FeaturePyramid(nn.Module):
         return [scale(x) for scale, x in zip(self.scales, maps, strict=True)]
 
 
+class ChannelDropout(nn.Module):
+    """Leaves whole channels out in training: those not in `keep_BD`, bool [B, D], which is set before each pass."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.channels = channels
+        self.keep_BD: Tensor | None = None
+
+    def forward(self, x_BDHW: Tensor) -> Tensor:
+        return x_BDHW * (self.keep_BD.to(x_BDHW.dtype) / (1 - DROPOUT))[..., None, None] if self.training else x_BDHW
+
+
 class Segmenter(nn.Module):
     """The objective of segmentation: `losses, report = model(batch)`.
 
@@ -55,7 +68,8 @@ class Segmenter(nn.Module):
         config: the encoder's sizes, resolved, for images of S pixels.
         pretrained_size: side of the images that the encoder was pre-trained on: its positions are stretched.
         channels: UperNet's.
-        drop_path, seed: as of mug.model.classifier.Classifier.
+        drop_path: rate of the last block; it rises linearly from 0 at the first.
+        seed: fixes, with a sample's position, which branches and channels are left out.
 
     Raises:
         ModelConfigError: fewer than four blocks.
@@ -92,6 +106,7 @@ class Segmenter(nn.Module):
         """(losses, report): cross-entropies over the pixels that count, fp32; the share of them that is right."""
         if self.training:
             choose_paths(self.drops, self.seed, batch["position"])
+            self._choose_channels(batch["position"])
         labels_BSS, maps = batch["labels"], self.maps(batch["image"])
         logits_BCSS = self._enlarged(self.head(maps))
         auxiliary_BCSS = self._enlarged(self.auxiliary(maps))
@@ -120,6 +135,13 @@ class Segmenter(nn.Module):
                 tapped.append(x_BLD[:, 1:].transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid)))
         return self.pyramid(tapped)
 
+    def _choose_channels(self, position_B: Tensor) -> None:
+        dropouts = [self.head.classifier[0], self.auxiliary.classifier[0]]
+        widths = [dropout.channels for dropout in dropouts]
+        draws_BK = random_bits(self.seed, DROP_CHANNEL, position_B, sum(widths)).double() / 2.0**63
+        for dropout, draws_BD in zip(dropouts, draws_BK.split(widths, dim=1), strict=True):
+            dropout.keep_BD = draws_BD >= DROPOUT
+
     def _enlarged(self, logits_BCgg: Tensor) -> Tensor:
         size = self.config.image_size
         return nn.functional.interpolate(logits_BCgg.float(), size=(size, size), mode="bilinear")
@@ -143,7 +165,7 @@ def _heads(width: int, classes: int, channels: int) -> tuple[nn.Module, nn.Modul
     for head in heads:
         nn.init.normal_(head.classifier.weight, std=0.01)
         nn.init.zeros_(head.classifier.bias)
-        head.classifier = nn.Sequential(nn.Dropout2d(DROPOUT), head.classifier)
+        head.classifier = nn.Sequential(ChannelDropout(head.classifier.in_channels), head.classifier)
     return heads
 
 

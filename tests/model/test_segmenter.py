@@ -84,6 +84,20 @@ def test_every_parameter_learns_and_a_batch_without_labels_teaches_nothing():
     assert losses["segments"] == 0 and all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
 
 
+def test_what_is_left_out_is_fixed_by_seed_and_position():
+    model, batch = make(drop_path=0.3), batch_of(make(), B=40)
+    dropout = model.auxiliary.classifier[0]
+    first, _ = model(batch)
+    channels = dropout.keep_BD
+    torch.manual_seed(123)
+    again, _ = model(batch)
+    other, _ = model({**batch, "position": batch["position"] + 1})
+    assert first["segments"] == again["segments"] != other["segments"]
+    assert first["auxiliary"] == again["auxiliary"] != other["auxiliary"]
+    assert channels[1:].equal(dropout.keep_BD[:-1]), "position 1, wherever it stands in the batch"
+    assert channels.double().mean() == pytest.approx(0.9, abs=0.01) and len(channels.unique(dim=0)) == 40
+
+
 def test_positions_are_stretched_as_timm_stretches_them():
     table = sincos_2d(16, 14)
     ours = stretched_positions(16, 14, 32)
