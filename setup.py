@@ -2,8 +2,8 @@
 
 from setuptools import setup
 
-FOLDERS = ["model", "data", "kernels", "run"]
-FOLDERS += ["run/benchmarks", "run/evaluation", "run/exporting", "run/finetuning", "run/training"]
+FOLDERS = ["model", "data", "kernels", "run", "run/benchmarks", "run/evaluation", "run/exporting", "run/finetuning"]
+FOLDERS += ["run/reporting", "run/segmentation", "run/training"]
 
 setup(
     name="mug",

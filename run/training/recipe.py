@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import SUPPRESS
+from jsonargparse import SUPPRESS, Namespace
 
 from mug.data.config import DataConfig
 from mug.model.presets import ModelConfig, resolve
@@ -181,6 +181,20 @@ def parse_recipe(parser: Parser, recipe: type, default: Path, arguments: list[st
     Raises:
         RunError: an unknown flag or recipe key, a value of the wrong type, a missing recipe or JSON.
     """
+    values, parsed, output = read_recipe(parser, recipe, default, arguments)
+    if parsed.deepspeed is None:
+        raise RunError("--deepspeed is missing; name a DeepSpeed JSON, for example ds_configs/zero3.json")
+    return Command(values, Path(parsed.deepspeed), output, parsed.allow_changes)
+
+
+def read_recipe(
+    parser: Parser, recipe: type, default: Path, arguments: list[str] | None
+) -> tuple[Any, Namespace, Path]:
+    """The recipe, all that was parsed, and the folder of the run, of a parser with --config and --output.
+
+    Raises:
+        RunError: an unknown flag or recipe key, a value of the wrong type, a missing recipe.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     recipe_file = _recipe_file(arguments)
     if recipe_file is None:
@@ -190,16 +204,13 @@ def parse_recipe(parser: Parser, recipe: type, default: Path, arguments: list[st
         shipped = ", ".join(sorted(path.name for path in default.parent.glob("*.yaml")))
         raise RunError(f"--config {recipe_file}: no such file; {default.parent.name}/ holds {shipped}")
     parsed = parser.parse_args(arguments)
-    if parsed.deepspeed is None:
-        raise RunError("--deepspeed is missing; name a DeepSpeed JSON, for example ds_configs/zero3.json")
-    output = Path(parsed.output or Path("runs") / recipe_file.stem)
     fields = dataclasses.fields(recipe)
     for one in fields:
         if parsed[one.name] is None and dataclasses.is_dataclass(one.type):
             raise RunError(f"{recipe_file}: section {one.name} is empty; give it keys, or leave it out")
     values = parser.instantiate(parsed)
-    recipe = recipe(**{one.name: values[one.name] for one in fields})
-    return Command(recipe, Path(parsed.deepspeed), output, parsed.allow_changes)
+    made = recipe(**{one.name: values[one.name] for one in fields})
+    return made, parsed, Path(parsed.output or Path("runs") / recipe_file.stem)
 
 
 def _recipe_file(arguments: list[str]) -> Path | None:
