@@ -4,6 +4,7 @@ import json
 import math
 import time
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from mug.run.training import hardware
 from mug.run.training.engine import parameter_groups
 from mug.run.training.losses import Means, shares, total_loss
 from mug.run.training.metrics import Clock, MetricsWriter
+from mug.run.training.phases import Phases
 from mug.run.training.schedule import CosineSchedule
 
 
@@ -99,3 +101,18 @@ def test_a_total_that_is_not_finite_spoils_all_gradients_and_a_finite_one_change
         total = total_loss(losses, {"pixels": 1.0, "caption": 0.5}, {"pixels": 1.0, "caption": 1.0})
         total.backward()
         assert x.grad.isnan() if spoilt else (x.grad == 5 and total == 10 + loss)
+
+
+def test_phases_add_up_to_the_time_since_the_process_began():
+    phases = Phases()
+    phases.end("imports")
+    time.sleep(0.05)
+    phases.end("data")
+    time.sleep(0.05)
+    phases.end("data")  # only the first time counts
+    seconds = phases.figures()
+    assert seconds["seconds/data"] == pytest.approx(0.05, abs=0.03)
+    assert seconds["seconds/total"] == pytest.approx(seconds["seconds/imports"] + seconds["seconds/data"], abs=2e-3)
+    created = psutil.Process().create_time()  # known to the second
+    assert phases.began == pytest.approx(created, abs=1.1)
+    assert time.time() - seconds["seconds/total"] == pytest.approx(phases.began + 0.05, abs=0.1)
