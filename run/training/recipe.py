@@ -59,6 +59,17 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True)
+class PretrainTrainerConfig(TrainerConfig):
+    """How the model is pre-trained.
+
+    Args:
+        knn: labelled images, as run/knn.py's --data, for the accuracy of nearest neighbours at each evaluation.
+    """
+
+    knn: str | None = None
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When the run's state is saved.
 
@@ -87,7 +98,7 @@ class Recipe:
 
     model: ModelConfig
     data: DataConfig
-    trainer: TrainerConfig
+    trainer: PretrainTrainerConfig
     checkpoint: CheckpointConfig
     objective: str = "mug"
     loss_weights: dict[str, float] = field(default_factory=lambda: {"pixels": 1.0, "caption": 0.1})
