@@ -31,6 +31,7 @@ from mug.data.stream import Batch, Share, TrainStream, open_held_out, open_train
 from mug.model.flops import flops_per_sample
 from mug.model.mug import OBJECTIVES
 from mug.model.presets import Vocabulary
+from mug.run.evaluation.neighbours import Neighbours
 from mug.run.training import checkpoint, hardware
 from mug.run.training.apex import check_apex
 from mug.run.training.bundle import Bundle, MicroBatch
@@ -80,6 +81,7 @@ def main(console: Console) -> None:
     sizes = recipe.model.image_size, recipe.model.text_length
     stream = open_train(recipe.data, recipe.seed, *sizes, share)
     held_out = open_held_out(recipe.data, *sizes)
+    neighbours = Neighbours(recipe.trainer.knn, recipe.data.cache, sizes[0]) if recipe.trainer.knn else None
     steps = count_steps(recipe, stream.samples)
     phases.end("data")
 
@@ -104,7 +106,7 @@ def main(console: Console) -> None:
         # --- Loop ---
         if held_out is not None:
             held_out = HeldOut(held_out, recipe.trainer.eval_samples, recipe.trainer.micro_batch, recipe.data.workers)
-        run = Run(command, engine, stream, ledger, held_out, steps, console, phases, watch)
+        run = Run(command, engine, stream, ledger, held_out, neighbours, steps, console, phases, watch)
         introduce(run, resumed)
         if not resumed or resumed.step < steps:
             train(run, resumed)
@@ -258,6 +260,7 @@ class Run:
     stream: TrainStream
     ledger: Ledger
     held_out: HeldOut | None
+    neighbours: Neighbours | None
     steps: int
     console: Console
     phases: Phases
@@ -443,16 +446,20 @@ def note_replaced(run: Run) -> None:
 
 
 def evaluate(run: Run, log: Log, step: int) -> None:
-    """Held-out losses, and a picture drawn from a whole copy of the weights on rank 0."""
+    """Held-out losses; a picture, and nearest neighbours, of a whole copy of the weights on rank 0."""
     figures = run.held_out.evaluate(run.engine, run.recipe.loss_weights, lambda: run.watch.at(f"step {step}, held out"))
     run.console.say(f"step {step}  held out: {_line(figures)}")
     weights = whole_weights(run.engine)
     if log.metrics:
-        log.metrics.write("eval", step, {"position": run.stream.next_position, **figures})
         objective = run.engine.module
         copy = type(objective)(objective.config, objective.vocabulary, objective.seed)
         copy.load_state_dict(weights)
         run.held_out.draw(copy, run.command.output / "samples" / f"step-{step}.png")
+        if run.neighbours:
+            run.watch.at(f"step {step}, nearest neighbours")
+            figures["accuracy/knn"] = run.neighbours.accuracy(copy.encoder)
+            run.console.say(f"step {step}  nearest neighbours: {100 * figures['accuracy/knn']:.2f}% top-1")
+        log.metrics.write("eval", step, {"position": run.stream.next_position, **figures})
     dist.barrier()
 
 

@@ -64,6 +64,17 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True)
+class PretrainTrainerConfig(TrainerConfig):
+    """How the model is pre-trained.
+
+    Args:
+        knn: labelled images, as run/knn.py's --data, for the accuracy of nearest neighbours at each evaluation.
+    """
+
+    knn: str | None = None
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When the run's state is saved.
 
@@ -113,7 +124,7 @@ class Recipe:
 
     model: ModelConfig
     data: DataConfig
-    trainer: TrainerConfig
+    trainer: PretrainTrainerConfig
     checkpoint: CheckpointConfig
     safety: SafetyConfig
     objective: str = "mug"
@@ -123,7 +134,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
         """The recipe that `dataclasses.asdict` made `values` of."""
-        sections = {"model": ModelConfig, "data": DataConfig, "trainer": TrainerConfig}
+        sections = {"model": ModelConfig, "data": DataConfig, "trainer": PretrainTrainerConfig}
         sections |= {"checkpoint": CheckpointConfig, "safety": SafetyConfig}
         return cls(**values | {name: section(**values[name]) for name, section in sections.items()})
 
@@ -169,7 +180,7 @@ def parse_command(arguments: list[str] | None = None) -> Command:
         ModelConfigError: sizes that do not fit together.
     """
     command = parse_recipe(build_parser(), Recipe, DEFAULT_RECIPE, arguments)
-    check_least(command.recipe, LEAST)
+    check_least(command.recipe, LEAST | SAFETY_LEAST)
     if not command.recipe.safety.hang_minutes > 0:
         raise RunError(f"safety.hang_minutes must be more than 0, not {command.recipe.safety.hang_minutes}")
     return dataclasses.replace(command, recipe=dataclasses.replace(command.recipe, model=resolve(command.recipe.model)))
@@ -263,11 +274,9 @@ LEAST = {
     "checkpoint.every_steps": 1,
     "checkpoint.every_minutes": 0,
     "checkpoint.keep": 1,
-    "safety.spike_factor": 0,
-    "safety.spike_checkpoints": 1,
-    "safety.max_skips": 0,
     "seed": 0,
 }
+SAFETY_LEAST = {"safety.spike_factor": 0, "safety.spike_checkpoints": 1, "safety.max_skips": 0}
 
 
 def check_least(recipe: Any, least: dict[str, float]) -> None:

@@ -99,8 +99,10 @@ def test_ranks_give_the_same_losses_where_images_are_not_mixed(tmp_path, images)
 @pytest.mark.slow
 def test_begins_with_the_encoder_that_two_ranks_pretrained(tmp_path, images):
     sizes = ["--model.image_size", "16", "--model.patch_size", "8", "--trainer.max_steps", "2"]
-    done = pretrain(tmp_path / "pretrained", *TOY, *sizes, launcher=torchrun(2), config=ZERO3)
+    neighbours = ["--trainer.knn", f"fashion-mnist:{images}"]
+    done = pretrain(tmp_path / "pretrained", *TOY, *sizes, *neighbours, launcher=torchrun(2), config=ZERO3)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert 0 <= rows(tmp_path / "pretrained", "eval")[0]["accuracy/knn"] <= 1
     still = ["--trainer.max_steps", "1", "--trainer.base_learning_rate", "0", "--trainer.min_learning_rate", "0"]
     init = ["--init", str(tmp_path / "pretrained")]
     done = finetune(tmp_path / "tuned", images, *init, *still)

@@ -132,6 +132,34 @@ def test_an_epoch_shows_every_image_once_with_its_label_and_the_next_one_otherwi
     assert torch.equal(split, epochs[1]["image"])
 
 
+class Recorder(Augment):
+    """Notes the draws that it is given."""
+
+    def __init__(self):
+        super().__init__(PLAIN, 16, 3)
+        self.views, self.batches = [], []
+
+    def view(self, view_CSS, draw):
+        self.views.append(draw)
+        return super().view(view_CSS, draw)
+
+    def batch(self, views, labels, draw):
+        self.batches.append(draw)
+        return super().batch(views, labels, draw)
+
+
+def test_every_position_has_its_own_draw_however_batches_are_cut(tmp_path):
+    whole, halves, other = Recorder(), Recorder(), Recorder()
+    images(tmp_path, whole).batch(range(24))
+    for start in (0, 12):
+        images(tmp_path, halves).batch(range(start, start + 12))
+    images(tmp_path, other, seed=1).batch(range(24))
+    assert whole.views == halves.views and len(set(whole.views)) == 24
+    assert not set(whole.views) & set(other.views)
+    assert len({*whole.batches, *halves.batches}) == 2, "a batch's draw is that of its first position"
+    assert not {*whole.batches} & {*whole.views, *other.batches}
+
+
 def test_test_images_keep_their_order_and_are_not_changed(tmp_path):
     test = images(tmp_path, None)
     batch, replaced = test.batch(range(12))
