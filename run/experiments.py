@@ -66,7 +66,7 @@ class Study:
 
 def studies(options: Namespace) -> list[Study]:
     encoder = {"image_size": 28, "patch_size": 4, "depth": 4}
-    amounts = (4_000, 2, 9_600, 2) if options.quick else (30_000, 3, 150_000, 2)
+    amounts = (4_000, 1, 9_600, 2) if options.quick else (30_000, 3, 150_000, 2)
     chosen = [Study("fashion-mnist", options.fashion_mnist, *amounts, encoder, SMALL_DECODERS)]
     if options.openclipart:
         amounts = (1_000, 1, 3_200, 2) if options.quick else (10_000, 1, 30_000, 2)

@@ -106,7 +106,7 @@ def open_splits(data: str, test: str | None, label: str, cache: str | None) -> S
     else:
         inside = [] if test else [name for name in TEST_NAMES if (Path(data) / name).is_dir()]
         if not test and not inside:
-            raise RunError(f"--data {data} has no folder {', '.join(TEST_NAMES)}; name the test images with --test")
+            raise RunError(f"{data} has no folder {', '.join(TEST_NAMES)}; name the test images too (--test)")
         train = open_source(f"{data}/train" if inside else data, label, cache)
         test_source = open_source(test or f"{data}/{inside[0]}", label, cache)
     return align(train, test_source)
@@ -176,7 +176,7 @@ def open_shards(patterns: str, label: str, cache: str | None) -> Source:
             labels.append(str(json.loads(images.reader.read_json(*images.place(number)))[label]))
         except (ValueError, KeyError, TypeError):
             name = images.name(number)
-            raise RunError(f"{name}: its json has no '{label}'; name the label's key with --label") from None
+            raise RunError(f"{name}: its json has no '{label}'; name the label's key (--label)") from None
     return Source(images, labels, images.reader.index.fingerprint)
 
 

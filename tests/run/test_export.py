@@ -176,6 +176,16 @@ def test_onnx_takes_any_batch_and_tells_no_paths(model, folders):
     assert b".py" not in (folders("onnx") / "model.onnx").read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("preset", ["tiny", "small", "base"])
+def test_a_copy_of_every_preset_agrees(preset, name, found, tmp_path):
+    text = {"text_width": 16, "text_heads": 2, "text_unimodal_layers": 1, "text_cross_layers": 1}  # is not exported
+    torch.manual_seed(0)
+    model = MUG(resolve(ModelConfig(preset, **text)), Vocabulary(size=20, pad=0, bos=1, eos=2, mask=3)).eval()
+    assert export.export(name, FORMATS[name], model, found, tmp_path / name) < 1e-4
+
+
 def test_the_card_says_where_the_weights_come_from(folders):
     text = (folders("timm") / "README.md").read_text()
     header = yaml.safe_load(text.split("---")[1])
