@@ -175,10 +175,8 @@ def pictures(runs: Sequence[RunFolder], warn: Callable[[str], None]) -> str:
 
 def _pictures_of(run: RunFolder, number: int, most: int, warn: Callable[[str], None]) -> str:
     """A row a held-out pair: what is there, what the encoder saw, and what it painted and wrote through training."""
-    found = run.pictures()
-    spread = {round(i * (len(found) - 1) / max(min(len(found), STEPS_SHOWN) - 1, 1)) for i in range(STEPS_SHOWN)}
     grids = {}
-    for step, path in [found[i] for i in sorted(spread) if i < len(found)]:
+    for step, path in _spread(run.pictures(), STEPS_SHOWN):
         try:
             grids[step] = read_grid(path)
         except OSError as error:
@@ -207,7 +205,7 @@ def captions(runs: Sequence[RunFolder]) -> str:
     """What run/caption_eval.py wrote for some held-out images, beside their true captions."""
     parts = []
     for number, run in enumerate(runs):
-        shown = run.captions[:: max(1, len(run.captions) // CAPTIONS_SHOWN)][:CAPTIONS_SHOWN]
+        shown = _spread(run.captions, CAPTIONS_SHOWN)
         rows = [[html.escape(row["written"]), html.escape(" / ".join(row["true"]))] for row in shown]
         if rows:
             parts.append(f"<h3>{_named(run.name, number)}</h3>{_table(['written', 'true'], rows)}")
@@ -287,6 +285,12 @@ def _value(value: Any) -> str:
 
 
 # --- Parts ------------------------------------------------------------------------------------------------
+
+
+def _spread(items: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` of them, evenly, from the first to the last."""
+    count = min(most, len(items))
+    return [items[round(i * (len(items) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
 def _named(name: str, number: int) -> str:

@@ -204,6 +204,17 @@ def test_different_batches_are_compared_by_samples(tmp_path):
     assert ends == pytest.approx([400, 800], rel=0.02)
 
 
+def test_a_run_that_has_only_just_begun(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(train_row(1, 0.5)) + "\n")
+    done = start(tmp_path / "run", "--out", tmp_path / "page.html")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "page.html").read_text()
+    assert drawn(chart(page, "Masked pixels: loss"), "linear") == [[pytest.approx((1, 0.5), rel=0.02)]]
+    assert "Every sample could be used" in page
+    assert not re.search("<h2>(Transfer|Held-out pairs|Captions|Recipes|Restarts)</h2>", page)
+
+
 def test_thinning_keeps_peaks_gaps_and_ends():
     random = np.random.default_rng(0)
     points = [(x, float(y)) for x, y in enumerate(random.normal(size=20000))]
