@@ -148,7 +148,7 @@ def cells(page: str, heading: str) -> list[list[str]]:
     """The text of the cells of the first table after a heading."""
     table = re.search(r"<table>.*?</table>", page[page.index(heading) :]).group()
     rows = re.findall(r"<tr>(.*?)</tr>", table)
-    return [[re.sub("<.*?>", "", cell) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", row)] for row in rows]
+    return [[re.sub("<.*?>", "", cell) for cell in re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row)] for row in rows]
 
 
 def test_tables_say_what_the_folders_hold(made):
