@@ -13,7 +13,7 @@ setup(
     python_requires=">=3.11",
     packages=["mug." + folder.replace("/", ".") for folder in FOLDERS],
     package_dir={"mug." + folder.replace("/", "."): folder for folder in FOLDERS},
-    package_data={"mug.run": ["recipes/*.yaml", "recipes/finetune/*.yaml"]},
+    package_data={"mug.run": ["recipes/*.yaml", "recipes/finetune/*.yaml", "recipes/segment/*.yaml"]},
     install_requires=[
         "deepspeed>=0.19.8",
         "emoji",

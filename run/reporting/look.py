@@ -32,9 +32,12 @@ svg path { fill: none } .grid { stroke: var(--line); stroke-width: .6 } .axis, .
 .curve, .raw { stroke: var(--c); stroke-width: 1.6; stroke-linejoin: round; stroke-linecap: round }
 .raw { opacity: .3; stroke-width: 1 } .evaluation .curve { stroke-dasharray: 1 4 } circle { fill: var(--c) }
 .mark { stroke: var(--c); stroke-width: 1.2; stroke-dasharray: 5 3; opacity: .7 } .cursor { stroke: var(--faint) }
-.scroll { overflow-x: auto; margin: .4rem 0 } table { border-collapse: collapse; font-size: .85rem }
+.scroll { overflow-x: auto; margin: .4rem 0 }
+.scroll :first-child:is(td, th) { position: sticky; left: 0; background: var(--back) }
+table { border-collapse: collapse; font-size: .85rem }
 th, td { text-align: left; vertical-align: top; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line);
-  overflow-wrap: anywhere; min-width: 5rem } th { color: var(--faint); font-weight: 600 } .run { white-space: nowrap }
+  overflow-wrap: break-word; min-width: 5rem; max-width: 26rem } td.wide { min-width: 15rem }
+th { color: var(--faint); font-weight: 600 } .run { white-space: nowrap }
 .strip { display: flex; gap: .5rem; overflow-x: auto; padding: .3rem 0; border-bottom: 1px solid var(--line) }
 .strip figure { margin: 0; flex: 0 0 6.5rem } .strip b { color: var(--ink); font-weight: 600; display: block }
 summary { cursor: pointer; color: var(--faint) }

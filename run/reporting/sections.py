@@ -18,6 +18,7 @@ COLOURS = 8  # of the style; later runs begin again
 STEPS_SHOWN = 6  # pictures of a run, spread over training
 PAIRS_SHOWN = 48  # held-out pairs in all pictures together, 8 a run at most
 CAPTIONS_SHOWN = 8
+LONG = 60  # characters, from which a cell of a table wants to be wide
 SHARDS_SHOWN = 10
 LIVES_SHOWN = 6
 JPEG_QUALITY = 80
@@ -175,10 +176,8 @@ def pictures(runs: Sequence[RunFolder], warn: Callable[[str], None]) -> str:
 
 def _pictures_of(run: RunFolder, number: int, most: int, warn: Callable[[str], None]) -> str:
     """A row a held-out pair: what is there, what the encoder saw, and what it painted and wrote through training."""
-    found = run.pictures()
-    spread = {round(i * (len(found) - 1) / max(min(len(found), STEPS_SHOWN) - 1, 1)) for i in range(STEPS_SHOWN)}
     grids = {}
-    for step, path in [found[i] for i in sorted(spread) if i < len(found)]:
+    for step, path in _spread(run.pictures(), STEPS_SHOWN):
         try:
             grids[step] = read_grid(path)
         except OSError as error:
@@ -192,13 +191,13 @@ def _pictures_of(run: RunFolder, number: int, most: int, warn: Callable[[str], N
 
 def _strip(steps: list[int], pair: list[tuple[list[Image.Image], dict[str, str]]]) -> str:
     (original, masked, _), captions = pair[-1]
-    cells = [_cell(original, COLUMNS[0], captions.get("true", "")), _cell(masked, COLUMNS[1], "")]
+    cells = [_picture(original, COLUMNS[0], captions.get("true", "")), _picture(masked, COLUMNS[1], "")]
     for step, ((_, _, painted), captions) in zip(steps, pair, strict=True):
-        cells.append(_cell(painted, f"step {step:,}", captions.get("written", "")))
+        cells.append(_picture(painted, f"step {step:,}", captions.get("written", "")))
     return f'<div class="strip">{"".join(cells)}</div>'
 
 
-def _cell(image: Image.Image, title: str, text: str) -> str:
+def _picture(image: Image.Image, title: str, text: str) -> str:
     url = data_url(image, "JPEG", quality=JPEG_QUALITY)
     return f'<figure><img alt="" src="{url}"><figcaption><b>{title}</b> {html.escape(text)}</figcaption></figure>'
 
@@ -207,7 +206,7 @@ def captions(runs: Sequence[RunFolder]) -> str:
     """What run/caption_eval.py wrote for some held-out images, beside their true captions."""
     parts = []
     for number, run in enumerate(runs):
-        shown = run.captions[:: max(1, len(run.captions) // CAPTIONS_SHOWN)][:CAPTIONS_SHOWN]
+        shown = _spread(run.captions, CAPTIONS_SHOWN)
         rows = [[html.escape(row["written"]), html.escape(" / ".join(row["true"]))] for row in shown]
         if rows:
             parts.append(f"<h3>{_named(run.name, number)}</h3>{_table(['written', 'true'], rows)}")
@@ -289,6 +288,12 @@ def _value(value: Any) -> str:
 # --- Parts ------------------------------------------------------------------------------------------------
 
 
+def _spread(items: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` of them, evenly, from the first to the last."""
+    count = min(most, len(items))
+    return [items[round(i * (len(items) - 1) / max(count - 1, 1))] for i in range(count)]
+
+
 def _named(name: str, number: int) -> str:
     return f'<span class="run"><i class="training c{number % COLOURS}"></i>{html.escape(name)}</span>'
 
@@ -296,5 +301,9 @@ def _named(name: str, number: int) -> str:
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Cells are HTML."""
     head = "".join(f"<th>{cell}</th>" for cell in heads)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(_cell(cell) for cell in row)}</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(cell: str) -> str:
+    return f'<td class="wide">{cell}</td>' if len(cell) > LONG else f"<td>{cell}</td>"

@@ -148,7 +148,7 @@ def cells(page: str, heading: str) -> list[list[str]]:
     """The text of the cells of the first table after a heading."""
     table = re.search(r"<table>.*?</table>", page[page.index(heading) :]).group()
     rows = re.findall(r"<tr>(.*?)</tr>", table)
-    return [[re.sub("<.*?>", "", cell) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", row)] for row in rows]
+    return [[re.sub("<.*?>", "", cell) for cell in re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row)] for row in rows]
 
 
 def test_tables_say_what_the_folders_hold(made):
@@ -202,6 +202,17 @@ def test_different_batches_are_compared_by_samples(tmp_path):
     curves = drawn(chart((tmp_path / "page.html").read_text(), "strange figure"), "linear")
     ends = [curve[-1][0] for curve in curves]
     assert ends == pytest.approx([400, 800], rel=0.02)
+
+
+def test_a_run_that_has_only_just_begun(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(train_row(1, 0.5)) + "\n")
+    done = start(tmp_path / "run", "--out", tmp_path / "page.html")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "page.html").read_text()
+    assert drawn(chart(page, "Masked pixels: loss"), "linear") == [[pytest.approx((1, 0.5), rel=0.02)]]
+    assert "Every sample could be used" in page
+    assert not re.search("<h2>(Transfer|Held-out pairs|Captions|Recipes|Restarts)</h2>", page)
 
 
 def test_thinning_keeps_peaks_gaps_and_ends():
