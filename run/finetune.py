@@ -27,7 +27,7 @@ from mug.run.finetuning.groups import layer_decay_groups
 from mug.run.finetuning.images import open_images
 from mug.run.finetuning.initial import initial_encoder
 from mug.run.finetuning.recipe import FinetuneRecipe, parse_command
-from mug.run.pretrain import check_writable, count_steps, lock, train_step
+from mug.run.pretrain import check_changes, check_writable, count_steps, lock, train_step
 from mug.run.training import checkpoint, hardware
 from mug.run.training.console import Console, run_command
 from mug.run.training.deepspeed_config import check_batch, load_deepspeed_config
@@ -110,6 +110,7 @@ def find_checkpoint(command: Command, description: dict, console: Console) -> ch
             f"{found.folder} was written with global batch {theirs}, this run has {ours}; start it as it was, or"
             " name another --output"
         )
+    check_changes(command, found, console)
     return found
 
 
