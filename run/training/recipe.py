@@ -238,7 +238,7 @@ def _recipe_file(arguments: list[str]) -> Path | None:
 FREE = ("checkpoint", "safety", "trainer.max_steps", "trainer.epochs", "trainer.micro_batch", "trainer.log_every")
 FREE += ("trainer.eval_every", "trainer.eval_samples", "data.shards", "data.held_out", "data.tokenizer", "data.cache")
 FREE += ("data.workers", "data.remote", "data.cache_gb", "data.ahead", "data.retry_seconds", "data.max_bad_samples")
-FREE += ("data.max_bad_in_shard",)
+FREE += ("data.max_bad_in_shard", "trainer.knn", "init", "data.images", "data.test")
 
 
 def changes(saved: dict[str, Any], recipe: Recipe) -> list[str]:
