@@ -123,8 +123,7 @@ class TrainStream:
             "seed": self.order.seed,
             "samples": self.samples,
             **self.order.constants(),
-            "fingerprint": self.pairs.reader.index.fingerprint,
-            "tokenizer": self.tokenizer.fingerprint,
+            **self.pairs.identity(),
         }
 
     def load_state_dict(self, state: dict) -> None:

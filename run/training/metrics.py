@@ -12,9 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mug.model.flops import flops_per_sample
 from mug.run.training import hardware
-from mug.run.training.recipe import Recipe
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -99,12 +97,14 @@ class Clock:
 
 
 class Meter:
-    """Speed since the last reading, without the time spent on evaluations and checkpoints."""
+    """Speed since the last reading, without the time spent on evaluations and checkpoints.
 
-    def __init__(self, recipe: Recipe, vocabulary_size: int, clock: Clock):
+    batch: samples of a step, over all ranks. flops: of one sample, forward and backward.
+    """
+
+    def __init__(self, batch: int, flops: float, clock: Clock):
         self.clock = clock
-        self.batch = recipe.trainer.global_batch
-        flops = sum(flops_per_sample(recipe.model, vocabulary_size).values())
+        self.batch = batch
         peak = hardware.peak_flops()
         self.mfu_of_rate = flops / (peak * dist.get_world_size()) if peak else None
         self._restart()

@@ -26,7 +26,7 @@ def test_it_needs_some_losses_before_and_0_never_sounds():
 def write_checkpoint(output, step: int) -> None:
     partial = checkpoint.open_partial(output, step)
     save_file({"x": torch.tensor([float(step)])}, partial / "weight.safetensors")
-    files = {"weight.safetensors": checkpoint._seal(partial / "weight.safetensors")}
+    files = {"weight.safetensors": checkpoint.seal(partial / "weight.safetensors")}
     state = {"data": {"next_position": 8 * step, "skipped": [[0, 8]]}, "adam_steps": step}
     checkpoint.commit(output, step, files, state, {"tokenizer.json": "{}"}, keep=9)
 
