@@ -99,10 +99,11 @@ class Clock:
 class Meter:
     """Speed since the last reading, without the time spent on evaluations and checkpoints.
 
-    batch: samples of a step, over all ranks. flops: of one sample, forward and backward.
+    batch: samples of a step, over all ranks. flops: of one sample, forward and backward. clock: where the goodput
+    is to be told, too.
     """
 
-    def __init__(self, batch: int, flops: float, clock: Clock):
+    def __init__(self, batch: int, flops: float, clock: Clock | None = None):
         self.clock = clock
         self.batch = batch
         peak = hardware.peak_flops()
@@ -128,11 +129,13 @@ class Meter:
         self.start += time.perf_counter() - begin
 
     def read(self) -> dict[str, float]:
-        """`images_per_s`, `data_wait` (share of the step), `goodput`, `memory_gb`; `mfu` where the peak is known."""
+        """`images_per_s`, `data_wait` (share of the step), `memory_gb`; `goodput`, `mfu` where they can be known."""
         seconds = time.perf_counter() - self.start
-        self.clock.trained += seconds - self.waited
         rate = self.steps * self.batch / seconds
-        figures = {"images_per_s": rate, "data_wait": self.waited / seconds, "goodput": self.clock.goodput()}
+        figures = {"images_per_s": rate, "data_wait": self.waited / seconds}
+        if self.clock:
+            self.clock.trained += seconds - self.waited
+            figures["goodput"] = self.clock.goodput()
         if self.mfu_of_rate:
             figures["mfu"] = rate * self.mfu_of_rate
         self._restart()
