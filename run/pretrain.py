@@ -258,7 +258,7 @@ def train(run: Run, done: int) -> None:
         trainer.warmup_samples,
         run.steps * trainer.global_batch,
     )
-    meter = Meter(run.recipe, run.engine.module.vocabulary.size)
+    meter = Meter(run.recipe, run.engine.module.vocabulary)
     alarm = WaitAlarm(run.recipe.data.workers)
     run.console.start_bar(run.steps, done)
     with open_metrics(run, done) as metrics:
@@ -269,6 +269,7 @@ def train(run: Run, done: int) -> None:
             last = step == run.steps
             with meter.waiting():
                 micro_batches = next(batches)
+            meter.count(micro_batches)
             run.phases.end("first_batch")
             learning_rate = schedule((step - 0.5) * trainer.global_batch)
             set_learning_rate(run.engine, learning_rate)

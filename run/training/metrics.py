@@ -12,7 +12,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from mug.data.stream import Batch
 from mug.model.flops import flops_per_sample
+from mug.model.presets import Vocabulary
 from mug.run.training import hardware
 from mug.run.training.recipe import Recipe
 
@@ -79,15 +81,21 @@ class MetricsWriter:
 class Meter:
     """Speed since the last reading, without the time spent on evaluations and checkpoints."""
 
-    def __init__(self, recipe: Recipe, vocabulary_size: int):
-        self.batch = recipe.trainer.global_batch
-        flops = sum(flops_per_sample(recipe.model, vocabulary_size).values())
+    def __init__(self, recipe: Recipe, vocabulary: Vocabulary):
+        self.batch, self.model, self.vocabulary = recipe.trainer.global_batch, recipe.model, vocabulary
         peak = hardware.peak_flops()
-        self.mfu_of_rate = flops / (peak * dist.get_world_size()) if peak else None
+        self.peak_flops = peak and peak * dist.get_world_size()
         self._restart()
 
     def _restart(self) -> None:
         self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.tokens = self.samples = 0
+
+    def count(self, micro_batches: list[Batch]) -> None:
+        """The text tokens of a step; padding is none, as the model computes nothing for it."""
+        for batch in micro_batches:
+            self.tokens += int((batch["tokens"] != self.vocabulary.pad).sum())
+            self.samples += len(batch["tokens"])
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -109,8 +117,9 @@ class Meter:
         seconds = time.perf_counter() - self.start
         rate = self.steps * self.batch / seconds
         figures = {"images_per_s": rate, "data_wait": self.waited / seconds}
-        if self.mfu_of_rate:
-            figures["mfu"] = rate * self.mfu_of_rate
+        if self.peak_flops and self.samples:
+            flops = flops_per_sample(self.model, self.vocabulary.size, self.tokens / self.samples)
+            figures["mfu"] = rate * sum(flops.values()) / self.peak_flops
         self._restart()
         return {**figures, "memory_gb": hardware.peak_memory_gb()}
 
