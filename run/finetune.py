@@ -167,7 +167,8 @@ def train(run: Run, done: int) -> None:
         trainer.learning_rate, trainer.min_learning_rate, trainer.warmup_samples, run.steps * trainer.global_batch
     )
     classes = len(run.description["classifier"]["names"])
-    meter = Meter(trainer.global_batch, classifier_flops(run.recipe.model.encoder, classes))
+    meter = Meter(trainer.global_batch)
+    step_flops = classifier_flops(run.recipe.model.encoder, classes) * trainer.global_batch / dist.get_world_size()
     alarm = WaitAlarm(run.recipe.data.workers)
     run.console.start_bar(run.steps, done)
     with MetricsWriter(run.command.output, done) if dist.get_rank() == 0 else nullcontext() as metrics:
@@ -177,6 +178,7 @@ def train(run: Run, done: int) -> None:
             last = step == run.steps
             with meter.waiting():
                 micro_batches = next(batches)
+            meter.count(step_flops)
             learning_rate = schedule((step - 0.5) * trainer.global_batch)
             set_learning_rate(run.engine, learning_rate)
             means = train_step(run.engine, micro_batches, WEIGHTS)

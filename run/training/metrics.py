@@ -10,8 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch.distributed as dist
-
 from mug.run.training import hardware
 
 
@@ -99,19 +97,22 @@ class Clock:
 class Meter:
     """Speed since the last reading, without the time spent on evaluations and checkpoints.
 
-    batch: samples of a step, over all ranks. flops: of one sample, forward and backward. clock: where the goodput
-    is to be told, too.
+    batch: samples of a step, over all ranks. clock: where the goodput is to be told, too.
     """
 
-    def __init__(self, batch: int, flops: float, clock: Clock | None = None):
+    def __init__(self, batch: int, clock: Clock | None = None):
         self.clock = clock
         self.batch = batch
-        peak = hardware.peak_flops()
-        self.mfu_of_rate = flops / (peak * dist.get_world_size()) if peak else None
+        self.peak_flops = hardware.peak_flops()
         self._restart()
 
     def _restart(self) -> None:
         self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.flops = 0.0
+
+    def count(self, flops: float) -> None:
+        """The floating-point operations of this rank in a step, forward and backward."""
+        self.flops += flops
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -136,8 +137,8 @@ class Meter:
         if self.clock:
             self.clock.trained += seconds - self.waited
             figures["goodput"] = self.clock.goodput()
-        if self.mfu_of_rate:
-            figures["mfu"] = rate * self.mfu_of_rate
+        if self.peak_flops and self.flops:
+            figures["mfu"] = self.flops / (seconds * self.peak_flops)
         self._restart()
         return {**figures, "memory_gb": hardware.peak_memory_gb()}
 
