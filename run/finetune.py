@@ -11,7 +11,6 @@ where the run stopped. Any key of the recipe can be changed: python run/finetune
 """
 
 import dataclasses
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -32,7 +31,7 @@ from mug.run.training.deepspeed_config import check_batch, load_deepspeed_config
 from mug.run.training.engine import build_engine, recipe_values, set_learning_rate
 from mug.run.training.errors import Diverged, RunError
 from mug.run.training.evaluation import HeldOut
-from mug.run.training.metrics import Meter, MetricsWriter, WaitAlarm
+from mug.run.training.metrics import Meter, MetricsWriter, WaitAlarm, open_metrics
 from mug.run.training.recipe import Command
 from mug.run.training.restore import load_engine
 from mug.run.training.saver import Saver
@@ -171,7 +170,7 @@ def train(run: Run, done: int) -> None:
     step_flops = classifier_flops(run.recipe.model.encoder, classes) * trainer.global_batch / dist.get_world_size()
     alarm = WaitAlarm(run.recipe.data.workers)
     run.console.start_bar(run.steps, done)
-    with MetricsWriter(run.command.output, done) if dist.get_rank() == 0 else nullcontext() as metrics:
+    with open_metrics(run.command.output, done) as metrics:
         saver = Saver(run.engine, run.command.output, run.recipe.checkpoint, partial(record_save, metrics))
         batches = iter(run.stream)
         for step in range(done + 1, run.steps + 1):

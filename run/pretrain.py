@@ -17,7 +17,6 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import nullcontext
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -48,7 +47,7 @@ from mug.run.training.errors import Diverged, Restart, RunError
 from mug.run.training.evaluation import HeldOut
 from mug.run.training.interruption import Interruption
 from mug.run.training.losses import Means, shares, total_loss
-from mug.run.training.metrics import Clock, Meter, MetricsWriter, WaitAlarm, logged_losses
+from mug.run.training.metrics import Clock, Meter, MetricsWriter, WaitAlarm, logged_losses, open_metrics
 from mug.run.training.phases import Phases
 from mug.run.training.recipe import Command, Recipe, changes, parse_command
 from mug.run.training.restore import describe_model, load_engine
@@ -408,7 +407,7 @@ def open_log(run: Run, resumed: checkpoint.Checkpoint | None) -> Iterator[Log]:
     clock = Clock(run.phases.began)
     if resumed:
         clock.load_state_dict(resumed.manifest["clock"])
-    with MetricsWriter(output, resumed.step if resumed else 0) if dist.get_rank() == 0 else nullcontext() as metrics:
+    with open_metrics(output, resumed.step if resumed else 0) as metrics:
         losses = hardware.on_rank_zero(lambda: logged_losses(output))
         log = Log(
             metrics,

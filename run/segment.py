@@ -24,7 +24,7 @@ from mug.model.segmenter import Segmenter
 from mug.run.evaluation.records import add_result
 from mug.run.finetuning.groups import layer_decay_groups
 from mug.run.finetuning.initial import initial_encoder
-from mug.run.pretrain import check_writable, lock, open_metrics
+from mug.run.pretrain import check_writable, lock
 from mug.run.segmentation.images import TrainScenes, WholeScenes, open_scenes
 from mug.run.segmentation.recipe import SegmentCommand, SegmentRecipe, parse_command
 from mug.run.segmentation.scoring import score
@@ -33,7 +33,7 @@ from mug.run.training import checkpoint, hardware
 from mug.run.training.console import Console, run_command
 from mug.run.training.errors import RunError
 from mug.run.training.losses import Means, shares, total_loss
-from mug.run.training.metrics import Meter, MetricsWriter
+from mug.run.training.metrics import Meter, MetricsWriter, open_metrics
 from mug.run.training.packages import load_package
 from mug.run.training.schedule import LinearSchedule
 
@@ -160,7 +160,7 @@ def train(run: Run, done: int) -> None:
     schedule = LinearSchedule(trainer.learning_rate, trainer.warmup_samples, total)
     meter = Meter(trainer.global_batch)
     run.console.start_bar(trainer.max_steps, done)
-    with open_metrics(run, done) as metrics:
+    with open_metrics(run.command.output, done) as metrics:
         batches = iter(run.stream)
         for step in range(done + 1, trainer.max_steps + 1):
             last = step == trainer.max_steps

@@ -77,6 +77,11 @@ class MetricsWriter:
         self.board.close()
 
 
+def open_metrics(output: Path, resumed: int) -> contextlib.AbstractContextManager[MetricsWriter | None]:
+    """The writer on rank 0, None on the others."""
+    return MetricsWriter(output, resumed) if dist.get_rank() == 0 else contextlib.nullcontext()
+
+
 class Clock:
     """How much of the time since a run was first started has advanced it: steps that a crash undid have not."""
 
