@@ -60,7 +60,7 @@ def _sdpa_obstacle(backend: str, q: Tensor, masks: Masks) -> str | None:
         return "kv_lengths needs a mask, which PyTorch's flash kernel lacks"
     if masks.cu_seqlens_q is None:
         return None
-    if not _exists("torch.nn.attention.varlen"):
+    if not installed("varlen_attn"):
         return f"cu_seqlens_q needs varlen_attn, which PyTorch {torch.__version__} lacks"
     return None if q.dtype in HALVES else f"q is {q.dtype}, not float16 or bfloat16"
 
@@ -86,17 +86,19 @@ def _flash_obstacle(q: Tensor, masks: Masks) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def installed(backend: str) -> bool:
-    """Whether the package behind "triton", "flash_attn" or "flash_attn_4" can be imported."""
+    """Whether what is behind a backend, or PyTorch's varlen_attn, can be imported; "flash_attn" is version 3 or 2."""
     modules = {
         "triton": ["triton"],
-        "flash_attn": ["flash_attn_interface", "flash_attn.flash_attn_interface"],  # version 3, 2
+        "varlen_attn": ["torch.nn.attention.varlen"],
+        "flash_attn_3": ["flash_attn_interface"],
+        "flash_attn": ["flash_attn_interface", "flash_attn.flash_attn_interface"],
         "flash_attn_4": ["flash_attn.cute"],
     }
     return any(_exists(module) for module in modules[backend])
 
 
+@functools.cache
 def _exists(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
@@ -198,7 +200,7 @@ def triton(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
     """FlashAttention 3 where it is installed, else 2."""
-    if _exists("flash_attn_interface"):
+    if installed("flash_attn_3"):
         import flash_attn_interface as package
     else:
         import flash_attn as package
