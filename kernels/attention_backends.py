@@ -127,7 +127,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
 def sdpa(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
     """PyTorch's scaled_dot_product_attention."""
     if masks.cu_seqlens_q is not None:
-        return _padded(sdpa, q, k, v, masks)
+        one_by_one = q.is_cpu and not torch.compiler.is_compiling()
+        return (_each if one_by_one else _padded)(sdpa, q, k, v, masks)
     causal, keep = masks.causal, None
     if masks.kv_lengths is not None:
         keep = _real_keys(masks.kv_lengths, k.shape[1])
@@ -170,6 +171,17 @@ def _sdpa_flash(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
 def _real_keys(kv_lengths: Tensor, Nk: int) -> Tensor:
     """bool [B, 1, 1, Nk], True where the key is no padding."""
     return (torch.arange(Nk, device=kv_lengths.device) < kv_lengths[:, None])[:, None, None]
+
+
+def _each(run, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
+    """Packed sequences one by one, where calls are cheap and the host may look: no padding, and no mask."""
+    q_lengths, k_lengths = (starts.diff().tolist() for starts in (masks.cu_seqlens_q, masks.cu_seqlens_k))
+    real = k_lengths if masks.kv_lengths is None else map(min, k_lengths, masks.kv_lengths.tolist())
+    dense = masks._replace(cu_seqlens_q=None, cu_seqlens_k=None, kv_lengths=None)
+    outs = []
+    for q_b, k_b, v_b, n in zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), real, strict=True):
+        outs.append(run(q_b[None], k_b[None, :n], v_b[None, :n], dense)[0] if n and len(q_b) else 0 * q_b)
+    return torch.cat(outs)
 
 
 def _padded(run, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
