@@ -69,7 +69,8 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     masks = Masks(causal, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, kv_lengths, scale)
     if backend == "auto" and q.is_cpu:  # one choice, and the calls are so short there that looking it up would show
-        _log_cpu()
+        if not torch.compiler.is_compiling():
+            _log_cpu()
         return sdpa(q, k, v, masks)
     device = q.device.type
     if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
@@ -140,9 +141,13 @@ def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> str:
     return UNMEASURED if backend is None or obstacle(backend, q, k, v, masks) else backend
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@torch.compiler.assume_constant_result  # on a function around the cached one, as torch.compile looks into caches
 def _measured(device: str, half: bool, training: bool, D: int, tokens: int, causal: bool, packed: bool) -> str | None:
+    return _look_up(device, half, training, D, tokens, causal, packed)
+
+
+@functools.cache
+def _look_up(device: str, half: bool, training: bool, D: int, tokens: int, causal: bool, packed: bool) -> str | None:
     """The table's backend for this kind of call; logged, once as the result is kept."""
     backend = None
     if half and device.startswith("cuda"):
@@ -153,7 +158,6 @@ def _measured(device: str, half: bool, training: bool, D: int, tokens: int, caus
     return backend
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def _log_cpu() -> None:
     logger.info("attention on cpu: sdpa")

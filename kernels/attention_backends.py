@@ -60,7 +60,7 @@ def _sdpa_obstacle(backend: str, q: Tensor, masks: Masks) -> str | None:
         return "kv_lengths needs a mask, which PyTorch's flash kernel lacks"
     if masks.cu_seqlens_q is None:
         return None
-    if not _exists("torch.nn.attention.varlen"):
+    if not installed("varlen_attn"):
         return f"cu_seqlens_q needs varlen_attn, which PyTorch {torch.__version__} lacks"
     return None if q.dtype in HALVES else f"q is {q.dtype}, not float16 or bfloat16"
 
@@ -86,17 +86,19 @@ def _flash_obstacle(q: Tensor, masks: Masks) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def installed(backend: str) -> bool:
-    """Whether the package behind "triton", "flash_attn" or "flash_attn_4" can be imported."""
+    """Whether what is behind a backend, or PyTorch's varlen_attn, can be imported; "flash_attn" is version 3 or 2."""
     modules = {
         "triton": ["triton"],
-        "flash_attn": ["flash_attn_interface", "flash_attn.flash_attn_interface"],  # version 3, 2
+        "varlen_attn": ["torch.nn.attention.varlen"],
+        "flash_attn_3": ["flash_attn_interface"],
+        "flash_attn": ["flash_attn_interface", "flash_attn.flash_attn_interface"],
         "flash_attn_4": ["flash_attn.cute"],
     }
     return any(_exists(module) for module in modules[backend])
 
 
+@functools.cache
 def _exists(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
@@ -125,7 +127,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
 def sdpa(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
     """PyTorch's scaled_dot_product_attention."""
     if masks.cu_seqlens_q is not None:
-        return _padded(sdpa, q, k, v, masks)
+        one_by_one = q.is_cpu and not torch.compiler.is_compiling()
+        return (_each if one_by_one else _padded)(sdpa, q, k, v, masks)
     causal, keep = masks.causal, None
     if masks.kv_lengths is not None:
         keep = _real_keys(masks.kv_lengths, k.shape[1])
@@ -170,6 +173,17 @@ def _real_keys(kv_lengths: Tensor, Nk: int) -> Tensor:
     return (torch.arange(Nk, device=kv_lengths.device) < kv_lengths[:, None])[:, None, None]
 
 
+def _each(run, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
+    """Packed sequences one by one, where calls are cheap and the host may look: no padding, and no mask."""
+    q_lengths, k_lengths = (starts.diff().tolist() for starts in (masks.cu_seqlens_q, masks.cu_seqlens_k))
+    real = k_lengths if masks.kv_lengths is None else map(min, k_lengths, masks.kv_lengths.tolist())
+    dense = masks._replace(cu_seqlens_q=None, cu_seqlens_k=None, kv_lengths=None)
+    outs = []
+    for q_b, k_b, v_b, n in zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), real, strict=True):
+        outs.append(run(q_b[None], k_b[None, :n], v_b[None, :n], dense)[0] if n and len(q_b) else 0 * q_b)
+    return torch.cat(outs)
+
+
 def _padded(run, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
     """Packed sequences through a backend that knows dense ones alone."""
     q_BNHD = _unpack(q, masks.cu_seqlens_q, masks.longest_q)
@@ -198,7 +212,7 @@ def triton(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
     """FlashAttention 3 where it is installed, else 2."""
-    if _exists("flash_attn_interface"):
+    if installed("flash_attn_3"):
         import flash_attn_interface as package
     else:
         import flash_attn as package

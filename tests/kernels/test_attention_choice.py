@@ -151,12 +151,12 @@ def test_auto_on_a_gpu_reads_the_table_and_logs_each_kind_once(monkeypatch, capl
     monkeypatch.setattr(module, "TABLE", {key: "triton"})
     monkeypatch.setattr(module, "architecture", lambda device: "sm_90")
     caplog.set_level(logging.INFO)
-    module._measured.cache_clear()
+    module._look_up.cache_clear()
     kind = {"device": "cuda:0", "half": True, "training": True, "D": 64, "tokens": 64, "causal": False, "packed": False}
-    assert module._measured(**kind) == module._measured(**kind) == "triton"
-    assert module._measured(**{**kind, "causal": True}) is None
-    assert module._measured(**{**kind, "half": False}) is None
-    module._measured.cache_clear()
+    assert module._look_up(**kind) == module._look_up(**kind) == "triton"
+    assert module._look_up(**{**kind, "causal": True}) is None
+    assert module._look_up(**{**kind, "half": False}) is None
+    module._look_up.cache_clear()
     messages = [record.message for record in caplog.records]
     assert len(messages) == 3
     assert messages[0].endswith("(training, D=64, N up to 64, causal=False, varlen=False): triton, as measured")
