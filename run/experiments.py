@@ -277,11 +277,12 @@ def report(study: Study, folder: Path) -> str:
     head = ["encoder", "linear probe, mean of patches", "linear probe, class token", "kNN (k = 20), mean of patches"]
     head += ["fine-tuned (one seed)", "pre-training images/s"]
     sizes = ", ".join(f"{name} {value}" for name, value in study.encoder.items())
-    epochs = f"{study.finetune_epochs} epoch(s) of fine-tuning"
-    return (
+    said = (
         f"**{study.kind}**: at most {study.images:,} images a split, {study.seeds} pre-training seed(s),"
-        f" {study.samples:,} samples seen in each pre-training, {epochs}; encoder width 192, {sizes}.\n\n{table(head, rows)}"
+        f" {study.samples:,} samples seen in each pre-training, {study.finetune_epochs} epoch(s) of fine-tuning;"
+        f" encoder width 192, {sizes}."
     )
+    return f"{said}\n\n{table(head, rows)}"
 
 
 def rates_of(folder: Path, objective: str, seed: int) -> list[dict]:
