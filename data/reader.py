@@ -1,6 +1,6 @@
 """The bytes of a sample: from its row of the index, out of its shard."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mug.data.build import index_for
@@ -14,6 +14,8 @@ from mug.data.index import Index
 from mug.data.rows import IMAGE, JSON, TEXT
 
 GROUPED = ("parquet", "arrow_batches")  # formats whose samples are rows of a group that is read as a whole
+Parts = tuple[bytes, bytes, bytes]  # image, text and json of a sample, empty where it has none
+
 NEAR = 16 * 2**10  # bytes between two parts of a sample that are better read than stepped over
 
 
@@ -43,8 +45,12 @@ class Reader:
             shard = int(starts_S1.searchsorted(number, side="right")) - 1
             yield shard, number - int(starts_S1[shard])
 
-    def read(self, shard: int, row: int) -> tuple[bytes, bytes, bytes]:
-        """Image, text and json of a sample, empty where it has none.
+    def ahead(self, places: Sequence[tuple[int, int]]) -> Iterator[Callable[[], Parts]]:
+        """For each shard and row a function that returns what `read` does; remote ones come in meanwhile."""
+        return self.fetch.ahead([shard for shard, _ in places], lambda i: self.read(*places[i]))
+
+    def read(self, shard: int, row: int) -> Parts:
+        """The bytes of a sample.
 
         Raises:
             BadSample: the image is larger than any that is decoded.

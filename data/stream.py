@@ -8,7 +8,7 @@ from pathlib import Path
 from mug.data.config import DataConfig
 from mug.data.errors import DataError
 from mug.data.ledger import Replaced
-from mug.data.loader import load
+from mug.data.loader import load, start_fork_server
 from mug.data.openmoji import ensure_openmoji
 from mug.data.order import Order
 from mug.data.pairs import Batch, EvaluationView, Pairs, TrainView
@@ -57,6 +57,7 @@ class TrainStream:
         self.share = share
         self.workers = workers
         self.next_position = 0
+        self.skipped: list[list[int]] = []  # [first, end): positions that were passed over, in order
         self._yielded: deque[list[Replaced]] = deque()  # of each step that was yielded and not trained on
         self._replaced: list[Replaced] = []
 
@@ -99,6 +100,12 @@ class TrainStream:
         self.next_position += self.share.global_batch
         self._replaced += self._yielded.popleft()
 
+    def skip(self) -> None:
+        """Pass over one global batch that was not trained on, and remember it."""
+        first = self.next_position
+        self.advance()
+        self.skipped.append([first, self.next_position])
+
     def take_replaced(self) -> list[Replaced]:
         """This rank's samples that could not be used, of the steps trained on since the last call."""
         taken, self._replaced = self._replaced, []
@@ -106,7 +113,8 @@ class TrainStream:
 
     def state_dict(self) -> dict:
         """The data's state: the same on every rank and for any number of ranks."""
-        return self._identity() | {"epoch": self.epoch, "next_position": self.next_position}
+        place = {"epoch": self.epoch, "next_position": self.next_position, "skipped": [*self.skipped]}
+        return self._identity() | place
 
     def _identity(self) -> dict:
         """What must agree for a saved position to mean the same sample."""
@@ -131,6 +139,7 @@ class TrainStream:
                     "the same shards, tokenizer and seed, or start a new run"
                 )
         self.next_position = int(state["next_position"])
+        self.skipped = [list(positions) for positions in state["skipped"]]
 
 
 def open_train(config: DataConfig, seed: int, image_size: int, text_length: int, share: Share) -> TrainStream:
@@ -141,6 +150,8 @@ def open_train(config: DataConfig, seed: int, image_size: int, text_length: int,
     Raises:
         DataError: shards or tokenizer are missing or damaged.
     """
+    if config.workers:
+        start_fork_server()
     embedded = ensure_openmoji(config.cache_folder()) if config.shards is None else None
     reader = Reader.open(config.shards if embedded is None else f"{embedded}/train-*.tar", config)
     view = TrainView(Order(reader.index.counts_S, seed), tuple(config.crop_scale), config.flip)

@@ -33,6 +33,25 @@ class DropPath(nn.Module):
         return x_BND * (self.keep_B.to(x_BND.dtype) / (1 - self.rate))[:, None, None]
 
 
+def take_over(encoder: Encoder, drop_path: float) -> list[DropPath]:
+    """Make a pre-trained encoder ready to be trained end to end: its positions become a parameter, and its blocks get
+    stochastic depth, of a rate that rises linearly from 0 to `drop_path`; returns these modules."""
+    encoder.positions_ND = nn.Parameter(encoder._buffers.pop("positions_ND").clone())
+    drops = []
+    for i, block in enumerate(encoder.blocks):
+        rate = drop_path * i / max(len(encoder.blocks) - 1, 1)
+        block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+        drops += [block.drop_path1, block.drop_path2]
+    return drops
+
+
+def choose_paths(drops: list[DropPath], seed: int, position_B: Tensor) -> None:
+    """Decide by (seed, position) which branches the next forward pass leaves out."""
+    draws_BK = random_bits(seed, DROP_PATH, position_B, len(drops)).double() / 2.0**63
+    for drop, draw_B in zip(drops, draws_BK.unbind(1), strict=True):
+        drop.keep_B = draw_B >= drop.rate
+
+
 class Classifier(nn.Module):
     """The objective of fine-tuning, after MAE (arXiv 2111.06377, appendix A.1): `losses, report = model(batch)`.
 
@@ -52,17 +71,13 @@ class Classifier(nn.Module):
         super().__init__()
         self.config, self.pool, self.seed = config, pool, seed
         self.encoder = encoder
-        encoder.positions_ND = nn.Parameter(encoder._buffers.pop("positions_ND").clone())
+        self.drops = take_over(encoder, drop_path)
         self.norm = nn.Identity()
         if pool == "mean":
             encoder.norm, self.norm = nn.Identity(), LayerNorm(config.width)
         self.head = nn.Linear(config.width, classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
-        self.drops: list[DropPath] = []
-        for i, block in enumerate(encoder.blocks):
-            block.drop_path1, block.drop_path2 = (DropPath(drop_path * i / max(config.depth - 1, 1)) for _ in range(2))
-            self.drops += [block.drop_path1, block.drop_path2]
 
     @property
     def zero3_leaves(self) -> list[type[nn.Module]]:
@@ -76,7 +91,7 @@ class Classifier(nn.Module):
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(losses, report): cross-entropy, fp32; top-1 and top-5 accuracy on the class with the most weight."""
         if self.training:
-            self._choose_paths(batch["position"])
+            choose_paths(self.drops, self.seed, batch["position"])
         logits_BC, target_BC = self.logits(batch["image"]).float(), batch["target"]
         loss = -(target_BC * logits_BC.log_softmax(1)).sum(1).mean()
         true_B = target_BC.argmax(1)
@@ -90,11 +105,6 @@ class Classifier(nn.Module):
         tokens_BLD = self.encoder(image_BCHW)  # [B, 1 + N, D]
         pooled_BD = tokens_BLD[:, 1:].mean(1) if self.pool == "mean" else tokens_BLD[:, 0]
         return self.head(self.norm(pooled_BD))
-
-    def _choose_paths(self, position_B: Tensor) -> None:
-        draws_BK = random_bits(self.seed, DROP_PATH, position_B, len(self.drops)).double() / 2.0**63
-        for drop, draw_B in zip(self.drops, draws_BK.unbind(1), strict=True):
-            drop.keep_B = draw_B >= drop.rate
 
 
 def layer_of(name: str, depth: int) -> int:

@@ -12,6 +12,8 @@ where the run stopped. Any key of the recipe can be changed: python run/finetune
 
 import dataclasses
 import math
+import time
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,14 +27,14 @@ from mug.run.finetuning.groups import layer_decay_groups
 from mug.run.finetuning.images import open_images
 from mug.run.finetuning.initial import initial_encoder
 from mug.run.finetuning.recipe import FinetuneRecipe, parse_command
-from mug.run.pretrain import check_writable, count_steps, lock, open_metrics, record_save, train_step
+from mug.run.pretrain import check_changes, check_writable, count_steps, lock, train_step
 from mug.run.training import checkpoint, hardware
 from mug.run.training.console import Console, run_command
 from mug.run.training.deepspeed_config import check_batch, load_deepspeed_config
 from mug.run.training.engine import build_engine, recipe_values, set_learning_rate
 from mug.run.training.errors import RunError
 from mug.run.training.evaluation import HeldOut
-from mug.run.training.metrics import Meter, MetricsWriter, WaitAlarm
+from mug.run.training.metrics import Clock, Meter, MetricsWriter, WaitAlarm
 from mug.run.training.recipe import Command
 from mug.run.training.restore import load_engine
 from mug.run.training.saver import Saver
@@ -67,7 +69,8 @@ def main(console: Console) -> None:
     console.log_to(command.output / "logs" / f"rank{rank}.log")
 
     # --- Engine ---
-    engine = build_engine(model, ds_config, layer_decay_groups(model, trainer.weight_decay, trainer.layer_decay))
+    groups = layer_decay_groups(model, trainer.weight_decay, trainer.layer_decay)
+    engine = build_engine(model, ds_config, trainer, groups)
     if resumed:
         load_engine(engine, resumed)
         stream.load_state_dict(resumed.manifest["data"])
@@ -107,6 +110,7 @@ def find_checkpoint(command: Command, description: dict, console: Console) -> ch
             f"{found.folder} was written with global batch {theirs}, this run has {ours}; start it as it was, or"
             " name another --output"
         )
+    check_changes(command, found, console)
     return found
 
 
@@ -165,10 +169,10 @@ def train(run: Run, done: int) -> None:
         trainer.learning_rate, trainer.min_learning_rate, trainer.warmup_samples, run.steps * trainer.global_batch
     )
     classes = len(run.description["classifier"]["names"])
-    meter = Meter(trainer.global_batch, classifier_flops(run.recipe.model.encoder, classes))
+    meter = Meter(trainer.global_batch, classifier_flops(run.recipe.model.encoder, classes), Clock(time.time()))
     alarm = WaitAlarm(run.recipe.data.workers)
     run.console.start_bar(run.steps, done)
-    with open_metrics(run, done) as metrics:
+    with MetricsWriter(run.command.output, done) if dist.get_rank() == 0 else nullcontext() as metrics:
         saver = Saver(run.engine, run.command.output, run.recipe.checkpoint, partial(record_save, metrics))
         batches = iter(run.stream)
         for step in range(done + 1, run.steps + 1):
@@ -233,6 +237,11 @@ def save(run: Run, saver: Saver, metrics: MetricsWriter | None, step: int) -> No
         "zero_stage": run.engine.zero_optimization_stage(),
     }
     saver.save(step, state, {})
+
+
+def record_save(metrics: MetricsWriter | None, step: int, seconds: dict[str, float]) -> None:
+    if metrics:
+        metrics.write("event", step, {"event": "checkpoint", **seconds})
 
 
 if __name__ == "__main__":

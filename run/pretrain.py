@@ -14,9 +14,11 @@ The same command again goes on where the run stopped. `torchrun` and plain `pyth
 import contextlib
 import dataclasses
 import fcntl
-import math
 import os
-from functools import partial
+import socket
+from collections.abc import Iterator
+from contextlib import nullcontext
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,19 +33,30 @@ from mug.model.mug import OBJECTIVES
 from mug.model.presets import Vocabulary
 from mug.run.evaluation.neighbours import Neighbours
 from mug.run.training import checkpoint, hardware
+from mug.run.training.apex import check_apex
+from mug.run.training.bundle import Bundle, MicroBatch
+from mug.run.training.bundle import write as write_bundle
 from mug.run.training.console import Console, run_command
 from mug.run.training.deepspeed_config import check_batch, load_deepspeed_config
-from mug.run.training.engine import build_engine, parameter_groups, recipe_values, set_learning_rate, whole_weights
-from mug.run.training.errors import RunError
+from mug.run.training.engine import (
+    build_engine,
+    recipe_values,
+    set_learning_rate,
+    whole_weights,
+)
+from mug.run.training.errors import Diverged, Restart, RunError
 from mug.run.training.evaluation import HeldOut
+from mug.run.training.interruption import Interruption
 from mug.run.training.losses import Means, shares, total_loss
-from mug.run.training.metrics import Meter, MetricsWriter, WaitAlarm
+from mug.run.training.metrics import Clock, Meter, MetricsWriter, WaitAlarm, logged_losses
 from mug.run.training.phases import Phases
-from mug.run.training.recipe import Command, Recipe, parse_command
+from mug.run.training.recipe import Command, Recipe, changes, parse_command
 from mug.run.training.restore import describe_model, load_engine
 from mug.run.training.saver import Saver
 from mug.run.training.schedule import CosineSchedule
 from mug.run.training.sharded_state import SavedState, load_weights
+from mug.run.training.spikes import SpikeAlarm, rewind
+from mug.run.training.watch import Watch
 
 
 def main(console: Console) -> None:
@@ -60,6 +73,7 @@ def main(console: Console) -> None:
 
     phases.end("import_deepspeed")
     ds_config = load_deepspeed_config(command.deepspeed, recipe_values(recipe.trainer, recipe.model.width, world))
+    check_apex(recipe.trainer, ds_config)
     check_writable(command.output)
 
     # --- Data ---
@@ -71,39 +85,32 @@ def main(console: Console) -> None:
     steps = count_steps(recipe, stream.samples)
     phases.end("data")
 
-    # --- Model ---
-    hardware.init_distributed()
+    # --- Ranks: from here on they watch over each other ---
+    hardware.init_distributed(timeout=timedelta(minutes=recipe.safety.hang_minutes + 5))
     phases.end("process_group")
-    model = build_objective(recipe, vocabulary_of(stream))
-    phases.end("model")
+    with Watch(console, 60 * recipe.safety.hang_minutes) as watch:
+        # --- Model, and the newest whole checkpoint, if this output has one of this model ---
+        model = build_objective(recipe, vocabulary_of(stream))
+        phases.end("model")
+        hardware.on_rank_zero(lambda: lock(command.output))
+        resumed = hardware.on_rank_zero(lambda: find_checkpoint(command, model, console))
+        console.log_to(command.output / "logs" / f"rank{rank}.log")
+        phases.end("find_checkpoint")
 
-    # --- Resume: the newest whole checkpoint, if this output has one of this model ---
-    resumed = hardware.on_rank_zero(lambda: find_checkpoint(command, model, console))
-    hardware.on_rank_zero(lambda: lock(command.output))
-    console.log_to(command.output / "logs" / f"rank{rank}.log")
-    phases.end("find_checkpoint")
+        # --- Engine ---
+        engine = start_engine(model, ds_config, recipe, resumed, phases)
+        if resumed:
+            stream.load_state_dict(resumed.manifest["data"])
+        ledger = open_ledger(command, stream, resumed)
 
-    # --- Engine ---
-    if resumed:
-        load_weights(model, SavedState(resumed.folder))
-    phases.end("load_weights")
-    engine = build_engine(model, ds_config, parameter_groups(model, recipe.trainer.weight_decay))
-    phases.end("engine")
-    if resumed:
-        load_engine(engine, resumed)
-        stream.load_state_dict(resumed.manifest["data"])
-    phases.end("load_optimizer")
-    ledger = open_ledger(command, stream, resumed)
-
-    # --- Loop ---
-    if held_out is not None:
-        held_out = HeldOut(held_out, recipe.trainer.eval_samples, recipe.trainer.micro_batch, recipe.data.workers)
-    run = Run(command, engine, stream, ledger, held_out, neighbours, steps, console, phases)
-    introduce(run, resumed)
-    done = resumed.step if resumed else 0
-    if done < steps:
-        train(run, done)
-    dist.barrier()
+        # --- Loop ---
+        if held_out is not None:
+            held_out = HeldOut(held_out, recipe.trainer.eval_samples, recipe.trainer.micro_batch, recipe.data.workers)
+        run = Run(command, engine, stream, ledger, held_out, neighbours, steps, console, phases, watch)
+        introduce(run, resumed)
+        if not resumed or resumed.step < steps:
+            train(run, resumed)
+        dist.barrier()
     dist.destroy_process_group()
 
 
@@ -180,7 +187,37 @@ def find_checkpoint(command: Command, model: torch.nn.Module, console: Console) 
                 f"{found.folder} was written with global batch {theirs}, this run has {ours}; start it as it was, or"
                 " name another --output"
             )
+        check_changes(command, found, console)
     return found
+
+
+def check_changes(command: Command, found: checkpoint.Checkpoint, console: Console) -> None:
+    """Raise RunError where the recipe's keys that decide what is learned have changed, unless that is allowed."""
+    if not (changed := changes(found.manifest["recipe"], command.recipe)):
+        return
+    line = f"{found.folder} was trained with {', '.join(changed)}"
+    if not command.allow_changes:
+        raise RunError(f"{line}; change back, name another --output, or go on with --allow_changes true")
+    console.warn(line)
+
+
+def start_engine(
+    model: torch.nn.Module,
+    ds_config: dict[str, Any],
+    recipe: Recipe,
+    resumed: checkpoint.Checkpoint | None,
+    phases: Phases,
+) -> Any:
+    """DeepSpeed's engine around the model, in the state of the checkpoint if there is one."""
+    if resumed:
+        load_weights(model, SavedState(resumed.folder))
+    phases.end("load_weights")
+    engine = build_engine(model, ds_config, recipe.trainer)
+    phases.end("engine")
+    if resumed:
+        load_engine(engine, resumed)
+    phases.end("load_optimizer")
+    return engine
 
 
 def open_ledger(command: Command, stream: TrainStream, resumed: checkpoint.Checkpoint | None) -> Ledger:
@@ -203,7 +240,12 @@ def lock(output: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise RunError(f"--output {output}: another run is writing there; end it, or name another folder") from None
+        holder = os.read(descriptor, 1000).decode()
+        raise RunError(
+            f"--output {output}: another run is writing there ({holder}); end it, or name another folder"
+        ) from None
+    os.truncate(descriptor, 0)
+    os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode())
 
 
 # --- Loop -------------------------------------------------------------------------------------------------
@@ -222,6 +264,7 @@ class Run:
     steps: int
     console: Console
     phases: Phases
+    watch: Watch
 
     @property
     def recipe(self) -> Recipe:
@@ -251,51 +294,67 @@ def introduce(run: Run, resumed: checkpoint.Checkpoint | None) -> None:
         say(f"going on after step {resumed.step} from {resumed.folder}")
 
 
-def train(run: Run, done: int) -> None:
-    """Train from step `done` to the end, with metrics, evaluations and checkpoints on the way."""
-    trainer = run.recipe.trainer
+def train(run: Run, resumed: checkpoint.Checkpoint | None) -> None:
+    """Train to the end, with metrics, evaluations and checkpoints on the way.
+
+    Raises:
+        Restart: a rank was asked to end, and the state is saved; or a loss spike was undone.
+        Diverged: the loss or the gradient of a step is not finite.
+    """
+    trainer, done = run.recipe.trainer, resumed.step if resumed else 0
     schedule = CosineSchedule(
-        trainer.learning_rate,
-        trainer.min_learning_rate,
-        trainer.warmup_samples,
-        run.steps * trainer.global_batch,
+        trainer.learning_rate, trainer.min_learning_rate, trainer.warmup_samples, run.steps * trainer.global_batch
     )
-    flops = flops_per_sample(run.recipe.model, run.engine.module.vocabulary.size)
-    meter = Meter(trainer.global_batch, sum(flops.values()))
-    alarm = WaitAlarm(run.recipe.data.workers)
+    interruption = Interruption()
     run.console.start_bar(run.steps, done)
-    with open_metrics(run, done) as metrics:
-        saver = Saver(run.engine, run.command.output, run.recipe.checkpoint, partial(record_save, metrics))
-        run.phases.end("metrics")
+    with open_log(run, resumed) as log:
         batches = iter(run.stream)
         for step in range(done + 1, run.steps + 1):
-            last = step == run.steps
-            with meter.waiting():
+            interruption.ask()
+            run.watch.at(f"step {step}, its data")
+            with log.meter.waiting():
                 micro_batches = next(batches)
             run.phases.end("first_batch")
+            run.watch.at(f"step {step}")
             learning_rate = schedule((step - 0.5) * trainer.global_batch)
             set_learning_rate(run.engine, learning_rate)
             means = train_step(run.engine, micro_batches, run.recipe.loss_weights)
             run.phases.end("first_step")
-            if metrics and step == done + 1:
-                metrics.write("event", done, {"event": "resume" if done else "start", **circumstances(run)})
-            run.stream.advance()
-            line, logged = None, step % trainer.log_every == 0
-            to_save = last or step % run.recipe.checkpoint.every_steps == 0 or (logged and saver.time_is_up())
-            if logged or to_save:
-                figures = {**means.reduce(run.recipe.loss_weights), "lr": learning_rate, **meter.read()}
-                line = log_step(run, metrics, step, figures)
-                if late := alarm.check(figures["data_wait"]):
-                    run.console.warn(late)
-            run.console.step(step, line)
-            with meter.pausing():
-                if run.held_out and (step % trainer.eval_every == 0 or last):
-                    evaluate(run, metrics, step)
-                if to_save:
-                    save(run, saver, metrics, step)
-                elif logged:
-                    saver.poll()
-        saver.finish()
+            if step == done + 1:
+                log.event(done, "resume" if done else "start", circumstances(run))
+            if not run.engine.was_step_applied():
+                skip_or_stop(run, log, step, micro_batches, means)
+            else:
+                run.stream.advance()
+            finish_step(run, log, step, learning_rate, means, interruption.answer())
+        log.saver.finish()
+
+
+def finish_step(run: Run, log: "Log", step: int, learning_rate: float, means: Means, signal: str | None) -> None:
+    """Log, evaluate and save where it is time for it.
+
+    Raises:
+        Restart: a rank has received `signal`, and the state is saved; or a loss spike was undone.
+    """
+    trainer, line = run.recipe.trainer, None
+    last, logged = step == run.steps, step % trainer.log_every == 0
+    to_save = last or signal or step % run.recipe.checkpoint.every_steps == 0 or (logged and log.saver.time_is_up())
+    if logged or to_save:
+        figures = log_step(run, log, step, learning_rate, means)
+        if log.spikes.check(figures["loss/total"]):
+            go_back(run, log, step, figures["loss/total"])
+        line = f"{_line(figures)}  lr {learning_rate:.2e}  {figures['images_per_s']:.0f} images/s"
+    run.console.step(step, line)
+    with log.meter.pausing():
+        if run.held_out and (last or (step % trainer.eval_every == 0 and not signal)):
+            evaluate(run, log, step)
+        if to_save:
+            save(run, log, step)
+        elif logged:
+            log.saver.poll()
+    if signal and not last:
+        log.saver.finish()
+        raise Restart(f"{signal}: step {step} is saved; the same command goes on from there")
 
 
 def train_step(engine: Any, micro_batches: list[Batch], weights: dict[str, float]) -> Means:
@@ -317,50 +376,90 @@ def circumstances(run: Run) -> dict[str, Any]:
         "world_size": dist.get_world_size(),
         "zero_stage": run.engine.zero_optimization_stage(),
         "device": hardware.describe_device(),
-        **{name: version(name) for name in ("torch", "deepspeed", "timm")},
+        **versions(),
         **run.phases.figures(),
     }
 
 
-def open_metrics(run: Run, done: int) -> contextlib.AbstractContextManager[MetricsWriter | None]:
-    """The writer on rank 0, nothing on the others."""
-    if dist.get_rank() > 0:
-        return contextlib.nullcontext()
-    return MetricsWriter(run.command.output, done)
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "deepspeed", "timm")}
 
 
-def log_step(run: Run, metrics: MetricsWriter | None, step: int, figures: dict[str, float]) -> str:
-    """Write a step's row; returns its line for the terminal.
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """What is told of the training, and what is saved of it."""
 
-    Raises:
-        ArithmeticError: the loss or the gradient is not finite; no later checkpoint holds what it led to.
-    """
+    metrics: MetricsWriter | None  # on rank 0
+    meter: Meter
+    alarm: WaitAlarm
+    spikes: SpikeAlarm
+    saver: Saver
+
+    def event(self, step: int, name: str, figures: dict[str, Any]) -> None:
+        if self.metrics:
+            self.metrics.write("event", step, {"event": name, **figures})
+
+
+@contextlib.contextmanager
+def open_log(run: Run, resumed: checkpoint.Checkpoint | None) -> Iterator[Log]:
+    """What a run that goes on from `resumed` logs with."""
+    output, recipe = run.command.output, run.recipe
+    clock = Clock(run.phases.began)
+    if resumed:
+        clock.load_state_dict(resumed.manifest["clock"])
+    flops = flops_per_sample(recipe.model, run.engine.module.vocabulary.size)
+    with MetricsWriter(output, resumed.step if resumed else 0) if dist.get_rank() == 0 else nullcontext() as metrics:
+        losses = hardware.on_rank_zero(lambda: logged_losses(output))
+        log = Log(
+            metrics,
+            Meter(recipe.trainer.global_batch, sum(flops.values()), clock),
+            WaitAlarm(recipe.data.workers),
+            SpikeAlarm(recipe.safety.spike_factor, losses),
+            Saver(run.engine, output, recipe.checkpoint, lambda step, seconds: log.event(step, "checkpoint", seconds)),
+        )
+        run.phases.end("metrics")
+        yield log
+
+
+def log_step(run: Run, log: Log, step: int, learning_rate: float, means: Means) -> dict[str, float]:
+    """Write a step's row; returns its figures."""
+    note_replaced(run)
+    norm = run.engine.get_global_grad_norm()
+    figures = {
+        **means.reduce(run.recipe.loss_weights),
+        "lr": learning_rate,
+        **log.meter.read(),
+        "replaced": run.ledger.entries,
+        "grad_norm": None if norm is None else float(norm),
+    }
+    if log.metrics:
+        log.metrics.write("train", step, {"position": run.stream.next_position, **figures})
+    if late := log.alarm.check(figures["data_wait"]):
+        run.console.warn(late)
+    return figures
+
+
+def note_replaced(run: Run) -> None:
+    """Put into the ledger what was replaced in the steps up to here."""
     replaced = hardware.gather(run.stream.take_replaced())
     hardware.on_rank_zero(lambda: run.ledger.add(replaced, run.stream.next_position))
-    figures["replaced"] = run.ledger.entries
-    norm = run.engine.get_global_grad_norm()
-    figures["grad_norm"] = None if norm is None else float(norm)
-    if metrics:
-        metrics.write("train", step, {"position": run.stream.next_position, **figures})
-    if not math.isfinite(figures["loss/total"]) or not math.isfinite(figures["grad_norm"] or 0):
-        raise ArithmeticError(f"loss or gradient of step {step} is not finite: {figures}")
-    return _line(figures) + f"  lr {figures['lr']:.2e}  {figures['images_per_s']:.0f} images/s"
 
 
-def evaluate(run: Run, metrics: MetricsWriter | None, step: int) -> None:
+def evaluate(run: Run, log: Log, step: int) -> None:
     """Held-out losses; a picture, and nearest neighbours, of a whole copy of the weights on rank 0."""
-    figures = run.held_out.evaluate(run.engine, run.recipe.loss_weights)
+    figures = run.held_out.evaluate(run.engine, run.recipe.loss_weights, lambda: run.watch.at(f"step {step}, held out"))
     run.console.say(f"step {step}  held out: {_line(figures)}")
     weights = whole_weights(run.engine)
-    if metrics:
+    if log.metrics:
         objective = run.engine.module
         copy = type(objective)(objective.config, objective.vocabulary, objective.seed)
         copy.load_state_dict(weights)
         run.held_out.draw(copy, run.command.output / "samples" / f"step-{step}.png")
         if run.neighbours:
+            run.watch.at(f"step {step}, nearest neighbours")
             figures["accuracy/knn"] = run.neighbours.accuracy(copy.encoder)
             run.console.say(f"step {step}  nearest neighbours: {100 * figures['accuracy/knn']:.2f}% top-1")
-        metrics.write("eval", step, {"position": run.stream.next_position, **figures})
+        log.metrics.write("eval", step, {"position": run.stream.next_position, **figures})
     dist.barrier()
 
 
@@ -368,23 +467,94 @@ def _line(figures: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if name.startswith(("loss/", "acc")))
 
 
-def save(run: Run, saver: Saver, metrics: MetricsWriter | None, step: int) -> None:
+def save(run: Run, log: Log, step: int) -> None:
     """Save weights, optimizer, the data's state, and what generate.py needs."""
-    if metrics:
-        metrics.flush()
+    run.watch.at(f"step {step}, its checkpoint")
+    if log.metrics:
+        log.metrics.flush()
     state = {
         "model": describe_model(run.recipe.objective, run.engine.module),
         "recipe": dataclasses.asdict(run.recipe),
         "data": run.stream.state_dict() | {"ledger": run.ledger.state_dict()},
+        "clock": log.meter.clock.state_dict(),
         "world_size": dist.get_world_size(),
         "zero_stage": run.engine.zero_optimization_stage(),
     }
-    saver.save(step, state, {"tokenizer.json": run.stream.tokenizer.to_json()})
+    log.saver.save(step, state, {"tokenizer.json": run.stream.tokenizer.to_json()})
 
 
-def record_save(metrics: MetricsWriter | None, step: int, seconds: dict[str, float]) -> None:
-    if metrics:
-        metrics.write("event", step, {"event": "checkpoint", **seconds})
+# --- When training goes wrong -----------------------------------------------------------------------------
+
+
+def skip_or_stop(run: Run, log: Log, step: int, micro_batches: list[Batch], means: Means) -> None:
+    """Deal with a step whose loss or gradient is not finite. No rank has updated anything.
+
+    Raises:
+        Diverged: safety.nonfinite is stop, or this happened too often.
+    """
+    checkpoint_before = f"checkpoint-{step - 1}" if step > 1 else None
+    log.saver.finish()
+    if step > 1 and not hardware.on_rank_zero((run.command.output / checkpoint_before).is_dir):
+        note_replaced(run)
+        save(run, log, step - 1)
+        log.saver.finish()
+    ran = [
+        MicroBatch(dist.get_rank(), _range_of(batch["position"]), {term: loss.item() for term, loss in losses.items()})
+        for batch, losses in zip(micro_batches, means.micro_batches, strict=True)
+    ]
+    bundle = Bundle(
+        step=step,
+        checkpoint=checkpoint_before,
+        deepspeed=str(run.command.deepspeed),
+        world_size=dist.get_world_size(),
+        zero_stage=run.engine.zero_optimization_stage(),
+        recipe=dataclasses.asdict(run.recipe),
+        micro_batches=hardware.gather(ran),
+        versions=versions(),
+    )
+    path = hardware.on_rank_zero(lambda: write_bundle(run.command.output, bundle))
+    line = f"loss or gradient of step {step} is not finite; nothing was updated; see it again: run/replay.py {path}"
+    if run.recipe.safety.nonfinite == "stop" or len(run.stream.skipped) >= run.recipe.safety.max_skips:
+        raise Diverged(line)
+    run.stream.skip()
+    run.console.warn(f"{line}; its batch is skipped")
+    log.event(step, "skip", {"positions": run.stream.skipped[-1], "bundle": str(path)})
+
+
+def _range_of(position_B: torch.Tensor) -> tuple[int, int, int]:
+    """Positions of a micro-batch, int64 [B], as the arguments of a range."""
+    first, *others = position_B.tolist()
+    stride = others[0] - first if others else 1
+    return first, first + len(position_B) * stride, stride
+
+
+def go_back(run: Run, log: Log, step: int, loss: float) -> None:
+    """Undo a loss spike, and skip the batches that led to it.
+
+    Raises:
+        Restart: a checkpoint of this step was made of an earlier one.
+        Diverged: there is none, or this happened too often.
+    """
+    log.saver.finish()
+    safety = run.recipe.safety
+    said = f"the loss of step {step}, {loss:.4g}, is a spike (safety.spike_factor {safety.spike_factor:g})"
+    if len(run.stream.skipped) >= safety.max_skips:
+        raise Diverged(f"{said}, and safety.max_skips {safety.max_skips} is reached")
+    to = hardware.on_rank_zero(
+        lambda: rewind(
+            run.command.output, safety.spike_checkpoints, step, run.stream.next_position, run.recipe.checkpoint.keep
+        )
+    )
+    if to is None:
+        raise Diverged(f"{said}, and there is no checkpoint yet to go back to")
+    skipped = [to.manifest["data"]["next_position"], run.stream.next_position]
+    if log.metrics:
+        log.metrics.forget(to.step)
+    log.event(step, "rollback", {"to": to.step, "positions": skipped})
+    raise Restart(
+        f"{said}: back to the state of step {to.step}, positions {skipped[0]} to {skipped[1] - 1} are skipped; the"
+        " same command goes on from there"
+    )
 
 
 if __name__ == "__main__":

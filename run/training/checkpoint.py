@@ -58,7 +58,7 @@ def commit(
     partial, final = output / f"checkpoint-{step}.partial", output / f"checkpoint-{step}"
     for name, text in attached.items():
         (partial / name).write_text(text)
-    seals = {**files, **{name: _seal(partial / name) for name in attached}}
+    seals = {**files, **{name: seal(partial / name) for name in attached}}
     manifest = {"format": FORMAT, "step": step, "files": dict(sorted(seals.items())), **state}
     _write_text(partial / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
     _sync_folder(partial)
@@ -66,6 +66,15 @@ def commit(
     os.replace(partial, final)
     _write_text(output / "latest", final.name)
     _prune(output, keep, step)
+
+
+def commit_again(output: Path, found: Checkpoint, step: int, state: dict[str, Any], keep: int) -> None:
+    """Make OUTPUT/checkpoint-STEP of the files of `found`, which are linked, not copied, and another `state`."""
+    partial = open_partial(output, step)
+    for name in found.manifest["files"]:
+        os.link(found.folder / name, partial / name)
+    own = {name: value for name, value in state.items() if name not in ("format", "step", "files")}
+    commit(output, step, found.manifest["files"], own, {}, keep)
 
 
 def newest(output: Path, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -134,7 +143,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _seal(path: Path) -> dict[str, Any]:
+def seal(path: Path) -> dict[str, Any]:
     """fsync a file; its size and SHA-256."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())

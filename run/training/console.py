@@ -1,5 +1,7 @@
 """Our own lines on the terminal, from rank 0; everything that libraries print, in a log file per rank."""
 
+import contextlib
+import errno
 import logging
 import os
 import sys
@@ -13,7 +15,18 @@ from typing import NoReturn, TextIO
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mug.run.training.errors import SaidByRankZero, user_errors
+from mug.run.training.errors import (
+    DIVERGED,
+    RESTART,
+    Diverged,
+    Restart,
+    SaidByRankZero,
+    SaidByThisRank,
+    user_errors,
+)
+
+# A full disk, a user's quota, a limit on the size of files.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Console:
@@ -111,39 +124,58 @@ class _Lines(logging.Handler):
 
 
 def run_command(main: Callable[[Console], None]) -> None:
-    """Run an entry point: user errors end with one line and status 2, others with a traceback and status 1."""
+    """Run an entry point: user errors end with one line and status 2, others with a traceback and status 1.
+
+    A run that was interrupted ends with one line and status 75, one whose loss is not finite with status 3.
+    """
     console = Console(rank=int(os.environ.get("RANK", 0)))
     started = time.time()
     try:
         main(console)
-    except SystemExit:  # --help
-        console.show_early()
+    except SystemExit as leaving:
+        console.close()
+        if leaving.code:  # a verdict, said already
+            leave(leaving.code)
+        console.show_early()  # --help
         raise
     except user_errors() as error:
         console.close()
-        if console.rank == 0:
+        if console.rank == 0 or isinstance(error, SaidByThisRank):
             console.fail(f"error: {error}")
         elif console.log and not isinstance(error, SaidByRankZero):  # before there is a log, all ranks fail alike
             console.fail(f"error: rank {console.rank}: {error}")
-        _leave(2)
+        leave(2)
+    except Diverged as reason:
+        console.close()
+        if console.rank == 0:
+            console.fail(f"error: {reason}")
+        leave(DIVERGED)
+    except Restart as reason:
+        console.close()
+        console.say(str(reason))
+        leave(RESTART)
     except KeyboardInterrupt:
         console.close()
         console.fail("stopped by the keyboard")
-        _leave(130)
-    except Exception:
+        leave(130)
+    except Exception as error:
         console.close()
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            console.fail(f"error: {error}; make room, and start the same command again")
+            leave(2)
         trace = traceback.format_exc()
         console.show_early()
         print(trace, file=sys.stderr)  # into the log
         where = f"; what the libraries said before is in {console.log}" if console.log else ""
         console.fail(f"{trace}rank {console.rank} stopped after {time.time() - started:.0f} s{where}")
-        _leave(1)
+        leave(1)
     console.close()
 
 
-def _leave(status: int) -> NoReturn:
+def leave(status: int) -> NoReturn:
     """End the process with `status`, which an orderly shutdown cannot promise: it aborts now and then while threads
     of the process group are at work, and closing the group waits for ranks that may be gone."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the log may be on a full disk
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)

@@ -149,6 +149,8 @@ REFUSED = {
     "checkpoint.load_universal": "the trainer resumes from its own checkpoints, which any number of ranks can read",
     "checkpoint.use_node_local_storage": "a checkpoint is sealed in one folder that all ranks share",
     "checkpoint.writer": "a checkpoint must be whole before it is sealed",
+    "bf16.check_grad_overflow": "a step whose gradient is not finite is never taken",
+    "zero_optimization.compute_grad_norm": "a gradient that is not finite shows in the norm",
     "compile": "it needs engine.compile(), which the trainer does not call",
     "disable_allgather": "DeepSpeed reads it and does nothing with it",
     "vocabulary_size": "DeepSpeed only warns about alignment with it",

@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from mug.run.training.apex import fuse_layer_norms, fused_adam
 from mug.run.training.deepspeed_config import RecipeValues
 from mug.run.training.recipe import TrainerConfig
 
+EPS = 1e-8  # AdamW's
 NO_DECAY = ("cls_token", "mask_token", "position_embed", "positions_ND")
 
 
@@ -21,7 +23,7 @@ def recipe_values(trainer: TrainerConfig, width: int, world: int) -> RecipeValue
         bf16=torch.cuda.is_available(),
         learning_rate=trainer.learning_rate,
         betas=tuple(trainer.betas),
-        eps=1e-8,
+        eps=EPS,
         weight_decay=trainer.weight_decay,
         width=width,
     )
@@ -43,23 +45,41 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not name.endswith(NO_DECAY)
 
 
-def build_engine(model: nn.Module, ds_config: dict[str, Any], groups: list[dict[str, Any]]) -> Any:
+def build_engine(
+    model: nn.Module, ds_config: dict[str, Any], trainer: TrainerConfig, groups: list[dict[str, Any]] | None = None
+) -> Any:
     """deepspeed.initialize on the model; under ZeRO-3 each block is gathered as a whole.
 
-    groups: of the model's parameters, for the optimizer.
+    groups: of the model's parameters, where they are not those of `parameter_groups`. The optimizer is what the
+    DeepSpeed JSON names, unless the recipe asks for apex's.
     """
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules
 
     if ds_config.get("zero_optimization", {}).get("stage") == 3:
         set_z3_leaf_modules(model, model.zero3_leaves)
+    if trainer.apex_layer_norm:
+        fuse_layer_norms(model)
+    groups = groups or parameter_groups(model, trainer.weight_decay)
     engine, *_ = deepspeed.initialize(
         model=model,
+        optimizer=fused_adam(groups, trainer, EPS) if trainer.apex_adam else None,
         model_parameters=groups,
         config=ds_config,
         dist_init_required=False,
     )
+    if engine.optimizer is engine.basic_optimizer:  # stage 0 in fp32
+        engine.optimizer.register_step_pre_hook(_hold_back_what_is_not_finite)
     return engine
+
+
+def _hold_back_what_is_not_finite(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """What DeepSpeed's own optimizers do: without gradients, AdamW does nothing, and the engine is told so."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    optimizer.overflow = not norm.isfinite().item()
+    if optimizer.overflow:
+        optimizer.zero_grad(set_to_none=True)
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,16 @@ class HeldOut:
         self.batches = [batches[min(turn, len(batches) - 1)] for turn in turns]
 
     @torch.no_grad()
-    def evaluate(self, engine: Any, weights: Mapping[str, float]) -> dict[str, float]:
+    def evaluate(self, engine: Any, weights: Mapping[str, float], began: Callable[[], None]) -> dict[str, float]:
         """Means over the held-out pairs, the same on all ranks: `loss/total`, `loss/TERM`, `accuracy/TERM`.
 
+        `began` is called at each batch.
         A pair that cannot be used is replaced by another one of its shard, always the same, and said.
         """
         means, replaced = Means(), []
         engine.eval()
         for (batch, bad), real in zip(load(self.pairs, self.batches, self.workers), self.real, strict=True):
+            began()
             replaced += bad
             losses, report = engine(to_device(batch))
             counts = engine.module.counts(batch)

@@ -4,12 +4,15 @@ import os
 import resource
 import socket
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store
 
 from mug.run.training.errors import SaidByRankZero, user_errors
+from mug.run.training.rendezvous import meet
 
 # Dense bf16 FLOP/s by the vendors' data sheets; the longest name that fits counts.
 PEAK_FLOPS = {
@@ -47,14 +50,23 @@ def use_cores() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_SIZE"])))
 
 
-def init_distributed() -> None:
-    """Start the process group: NCCL on GPUs, gloo on CPUs."""
+def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Start the process group, and give it to DeepSpeed. Calls that take longer than `timeout` fail."""
     import deepspeed
 
     # An operator for inference on CPUs that training never calls: building it takes a compiler and a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     use_device()
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False)
+    rank, world = rank_and_world()
+    start_process_group(meet(rank, world), timeout)
+    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout)
+
+
+def start_process_group(store: Store, timeout: timedelta) -> None:
+    """NCCL on GPUs, gloo on CPUs, among the ranks that have met in `store`; calls longer than `timeout` fail."""
+    rank, world = rank_and_world()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
 def use_device() -> None:

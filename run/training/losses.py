@@ -30,8 +30,13 @@ def shares(counts: Sequence[Counts], terms: Sequence[str]) -> Tensor:
 
 
 def total_loss(losses: Mapping[str, Tensor], weights: Mapping[str, float], share: Mapping[str, Tensor]) -> Tensor:
-    """The one weighted sum that is trained on: weight x share x loss over the terms."""
-    return sum(weights[term] * share[term] * loss for term, loss in losses.items())
+    """The one weighted sum that is trained on: weight x share x loss over the terms.
+
+    A total that is not finite makes all gradients NaN. So their norm, which the engine looks at before it updates
+    anything, tells all ranks of it, and no further message is needed.
+    """
+    total = sum(weights[term] * share[term] * loss for term, loss in losses.items())
+    return total * (1 + 0 * total.detach())
 
 
 class Means:
@@ -40,8 +45,10 @@ class Means:
     def __init__(self):
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, float] = {}
+        self.micro_batches: list[dict[str, Tensor]] = []  # the losses of each
 
     def add(self, losses: Mapping[str, Tensor], report: Mapping[str, Tensor], counts: Counts) -> None:
+        self.micro_batches.append({term: loss.detach() for term, loss in losses.items()})
         figures = {f"loss/{term}": loss for term, loss in losses.items()} | dict(report)
         for name, value in figures.items():
             weighted = value.detach().double() * counts[_term(name)]

@@ -24,6 +24,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def logged_losses(output: Path) -> list[float]:
+    """`loss/total` of the steps that a run has logged."""
+    rows = read_rows(output / "metrics.jsonl")
+    return [row["loss/total"] for row in rows if row["kind"] == "train" and row["loss/total"] is not None]
+
+
 class MetricsWriter:
     """Appends rows to OUTPUT/metrics.jsonl and scalars to OUTPUT/tensorboard.
 
@@ -35,18 +41,17 @@ class MetricsWriter:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = output / "metrics.jsonl"
-        if self.path.exists():
-            self._truncate(resumed)
-        self.file = self.path.open("a", buffering=1)
+        self.forget(resumed)
         self.board = SummaryWriter(str(output / "tensorboard"), purge_step=resumed + 1)
 
-    def _truncate(self, resumed: int) -> None:
-        lives = ("start", "resume")
-        rows = [row for row in read_rows(self.path) if row["step"] <= resumed or row.get("event") in lives]
-        kept = [json.dumps(row) + "\n" for row in rows]
+    def forget(self, after: int) -> None:
+        """Drop the rows of steps after `after`, except those that say when the run was started."""
+        rows = read_rows(self.path) if self.path.exists() else []
+        kept = [row for row in rows if row["step"] <= after or row.get("event") in ("start", "resume")]
         fresh = self.path.with_suffix(".fresh")
-        fresh.write_text("".join(kept))
+        fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(fresh, self.path)
+        self.file = self.path.open("a", buffering=1)
 
     def write(self, kind: str, step: int, figures: dict[str, object]) -> None:
         """One row; `kind` is train, eval or event. Numbers also go to TensorBoard as kind/name."""
@@ -74,13 +79,31 @@ class MetricsWriter:
         self.board.close()
 
 
+class Clock:
+    """How much of the time since a run was first started has advanced it: steps that a crash undid have not."""
+
+    def __init__(self, begun: float):
+        self.begun, self.trained = begun, 0.0
+
+    def goodput(self) -> float:
+        return self.trained / max(time.time() - self.begun, 1e-9)
+
+    def state_dict(self) -> dict[str, float]:
+        """`begun`, in Unix seconds, and the seconds of training, without waits for data."""
+        return {"begun": self.begun, "trained_seconds": self.trained}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.begun, self.trained = state["begun"], state["trained_seconds"]
+
+
 class Meter:
     """Speed since the last reading, without the time spent on evaluations and checkpoints.
 
     batch: samples of a step, over all ranks. flops: of one sample, forward and backward.
     """
 
-    def __init__(self, batch: int, flops: float):
+    def __init__(self, batch: int, flops: float, clock: Clock):
+        self.clock = clock
         self.batch = batch
         peak = hardware.peak_flops()
         self.mfu_of_rate = flops / (peak * dist.get_world_size()) if peak else None
@@ -105,10 +128,11 @@ class Meter:
         self.start += time.perf_counter() - begin
 
     def read(self) -> dict[str, float]:
-        """`images_per_s`, `data_wait` (share of the step), `memory_gb`, and `mfu` where the peak is known."""
+        """`images_per_s`, `data_wait` (share of the step), `goodput`, `memory_gb`; `mfu` where the peak is known."""
         seconds = time.perf_counter() - self.start
+        self.clock.trained += seconds - self.waited
         rate = self.steps * self.batch / seconds
-        figures = {"images_per_s": rate, "data_wait": self.waited / seconds}
+        figures = {"images_per_s": rate, "data_wait": self.waited / seconds, "goodput": self.clock.goodput()}
         if self.mfu_of_rate:
             figures["mfu"] = rate * self.mfu_of_rate
         self._restart()

@@ -2,13 +2,14 @@
 
 import dataclasses
 import itertools
+import json
 import operator
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from jsonargparse import SUPPRESS
+from jsonargparse import SUPPRESS, Namespace
 
 from mug.data.config import DataConfig
 from mug.model.presets import ModelConfig, resolve
@@ -37,6 +38,8 @@ class TrainerConfig:
         log_every: steps between two rows of metrics.
         eval_every: steps between two evaluations on held-out pairs; also at the end.
         eval_samples: held-out pairs to evaluate on; all if there are fewer.
+        apex_adam: take NVIDIA apex's FusedAdam instead of the AdamW of the DeepSpeed JSON.
+        apex_layer_norm: take NVIDIA apex's FusedLayerNorm instead of PyTorch's.
     """
 
     global_batch: int = 4096
@@ -52,6 +55,8 @@ class TrainerConfig:
     log_every: int = 10
     eval_every: int = 1000
     eval_samples: int = 10000
+    apex_adam: bool = False
+    apex_layer_norm: bool = False
 
     @property
     def learning_rate(self) -> float:
@@ -87,6 +92,27 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class SafetyConfig:
+    """What to do when training goes wrong.
+
+    Args:
+        nonfinite: 'stop' at a step whose loss or gradient is not finite, or 'skip' its batch; nothing is updated.
+        spike_factor: a logged loss above so many times the median of the last 32 logged ones is a spike: go back to
+            an earlier checkpoint and skip the batches since then. 0 never does.
+        spike_checkpoints: how many checkpoints to go back.
+        max_skips: how many times in a run to skip batches before it stops after all.
+        hang_minutes: how long a rank may get no further before the run stops and names it; an evaluation's batch, a
+            picture and a save must each take less.
+    """
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    spike_factor: float = 0.0
+    spike_checkpoints: int = 1
+    max_skips: int = 10
+    hang_minutes: float = 10.0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One pre-training run.
 
@@ -100,18 +126,28 @@ class Recipe:
     data: DataConfig
     trainer: PretrainTrainerConfig
     checkpoint: CheckpointConfig
+    safety: SafetyConfig
     objective: str = "mug"
     loss_weights: dict[str, float] = field(default_factory=lambda: {"pixels": 1.0, "caption": 0.1})
     seed: int = 0
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """The recipe that `dataclasses.asdict` made `values` of."""
+        sections = {"model": ModelConfig, "data": DataConfig, "trainer": PretrainTrainerConfig}
+        sections |= {"checkpoint": CheckpointConfig, "safety": SafetyConfig}
+        return cls(**values | {name: section(**values[name]) for name, section in sections.items()})
+
 
 @dataclass(frozen=True)
 class Command:
-    """What the command line says: the recipe, the DeepSpeed JSON, and the folder of the run."""
+    """What the command line says: the recipe, the DeepSpeed JSON, the folder of the run, and whether a run that was
+    begun with another recipe may go on with this one."""
 
     recipe: Any
     deepspeed: Path
     output: Path
+    allow_changes: bool
 
 
 def build_parser() -> Parser:
@@ -125,6 +161,12 @@ def recipe_parser(prog: str, description: str, recipe: type, default: Path) -> P
     parser.add_argument("--config", action="config", help=f"recipe, a YAML file (default: {default.name})")
     parser.add_argument("--deepspeed", type=str | None, default=None, help="DeepSpeed JSON, from ds_configs/")
     parser.add_argument("--output", type=str | None, default=None, help="folder of the run (runs/RECIPE)")
+    parser.add_argument(
+        "--allow_changes",
+        type=bool,
+        default=False,
+        help="go on with a run although keys of its recipe that decide what is learned have changed",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=SUPPRESS)  # the launcher's
     parser.add_class_arguments(recipe, as_group=False)
     return parser
@@ -138,7 +180,9 @@ def parse_command(arguments: list[str] | None = None) -> Command:
         ModelConfigError: sizes that do not fit together.
     """
     command = parse_recipe(build_parser(), Recipe, DEFAULT_RECIPE, arguments)
-    check_least(command.recipe, LEAST)
+    check_least(command.recipe, LEAST | SAFETY_LEAST)
+    if not command.recipe.safety.hang_minutes > 0:
+        raise RunError(f"safety.hang_minutes must be more than 0, not {command.recipe.safety.hang_minutes}")
     return dataclasses.replace(command, recipe=dataclasses.replace(command.recipe, model=resolve(command.recipe.model)))
 
 
@@ -147,6 +191,20 @@ def parse_recipe(parser: Parser, recipe: type, default: Path, arguments: list[st
 
     Raises:
         RunError: an unknown flag or recipe key, a value of the wrong type, a missing recipe or JSON.
+    """
+    values, parsed, output = read_recipe(parser, recipe, default, arguments)
+    if parsed.deepspeed is None:
+        raise RunError("--deepspeed is missing; name a DeepSpeed JSON, for example ds_configs/zero3.json")
+    return Command(values, Path(parsed.deepspeed), output, parsed.allow_changes)
+
+
+def read_recipe(
+    parser: Parser, recipe: type, default: Path, arguments: list[str] | None
+) -> tuple[Any, Namespace, Path]:
+    """The recipe, all that was parsed, and the folder of the run, of a parser with --config and --output.
+
+    Raises:
+        RunError: an unknown flag or recipe key, a value of the wrong type, a missing recipe.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     recipe_file = _recipe_file(arguments)
@@ -157,15 +215,13 @@ def parse_recipe(parser: Parser, recipe: type, default: Path, arguments: list[st
         shipped = ", ".join(sorted(path.name for path in default.parent.glob("*.yaml")))
         raise RunError(f"--config {recipe_file}: no such file; {default.parent.name}/ holds {shipped}")
     parsed = parser.parse_args(arguments)
-    if parsed.deepspeed is None:
-        raise RunError("--deepspeed is missing; name a DeepSpeed JSON, for example ds_configs/zero3.json")
-    output = Path(parsed.output or Path("runs") / recipe_file.stem)
     fields = dataclasses.fields(recipe)
     for one in fields:
         if parsed[one.name] is None and dataclasses.is_dataclass(one.type):
             raise RunError(f"{recipe_file}: section {one.name} is empty; give it keys, or leave it out")
     values = parser.instantiate(parsed)
-    return Command(recipe(**{one.name: values[one.name] for one in fields}), Path(parsed.deepspeed), output)
+    made = recipe(**{one.name: values[one.name] for one in fields})
+    return made, parsed, Path(parsed.output or Path("runs") / recipe_file.stem)
 
 
 def _recipe_file(arguments: list[str]) -> Path | None:
@@ -175,6 +231,32 @@ def _recipe_file(arguments: list[str]) -> Path | None:
         if argument.startswith("--config="):
             return Path(argument.partition("=")[2])
     return None
+
+
+# What may change while a run goes on: how it is watched, saved and divided, where its data lie (the index's
+# fingerprint tells whether they are the same), and how long it lasts.
+FREE = ("checkpoint", "safety", "trainer.max_steps", "trainer.epochs", "trainer.micro_batch", "trainer.log_every")
+FREE += ("trainer.eval_every", "trainer.eval_samples", "data.shards", "data.held_out", "data.tokenizer", "data.cache")
+FREE += ("data.workers", "data.remote", "data.cache_gb", "data.ahead", "data.retry_seconds", "data.max_bad_samples")
+FREE += ("data.max_bad_in_shard", "trainer.knn", "init", "data.images", "data.test")
+
+
+def changes(saved: dict[str, Any], recipe: Recipe) -> list[str]:
+    """What decides what is learned and is not as in `saved`, the `dataclasses.asdict` of a recipe, through JSON."""
+    before, now = _flat(saved), _flat(json.loads(json.dumps(dataclasses.asdict(recipe))))
+    return [
+        f"{name} {before[name]} (now {value})"
+        for name, value in now.items()
+        if name in before and before[name] != value and not name.startswith(FREE)
+    ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 # What a number must at least be; a run without a checkpoint, for one, could not go on.
@@ -194,6 +276,7 @@ LEAST = {
     "checkpoint.keep": 1,
     "seed": 0,
 }
+SAFETY_LEAST = {"safety.spike_factor": 0, "safety.spike_checkpoints": 1, "safety.max_skips": 0}
 
 
 def check_least(recipe: Any, least: dict[str, float]) -> None:

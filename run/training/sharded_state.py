@@ -71,8 +71,9 @@ def state_of(engine: Any, held: Iterable[Held]) -> State:
 
 
 def adam_steps(engine: Any) -> int:
-    """How many steps AdamW's bias correction counts."""
-    return int(next(iter(engine.basic_optimizer.state.values()))["step"])
+    """How many steps AdamW's bias correction counts; apex counts them in its groups."""
+    optimizer = engine.basic_optimizer
+    return int({**next(iter(optimizer.state.values())), **optimizer.param_groups[0]}["step"])
 
 
 def _held(engine: Any) -> Iterator[Held]:
@@ -198,6 +199,9 @@ def load_optimizer(engine: Any, saved: SavedState, steps: int) -> None:
     held = list(_held(engine))
     for master in dict.fromkeys(one.master for one in held):
         engine.basic_optimizer.state[master] = _blank_state(engine.basic_optimizer, master, steps)
+    if type(engine.basic_optimizer).__module__.startswith("apex."):
+        for group in engine.basic_optimizer.param_groups:
+            group["step"] = steps
     for kind, pieces in state_of(engine, held).items():
         for piece, values in pieces.items():
             values.copy_(saved.read(kind, piece, len(values)))

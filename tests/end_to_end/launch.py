@@ -62,5 +62,5 @@ def rows(output: Path, kind: str) -> list[dict]:
 
 def losses(output: Path, kind: str = "train") -> list[dict[str, float]]:
     """What training computed, without what depends on the clock."""
-    clock = ("images_per_s", "data_wait", "memory_gb", "mfu")
+    clock = ("images_per_s", "data_wait", "goodput", "memory_gb", "mfu")
     return [{name: value for name, value in row.items() if name not in clock} for row in rows(output, kind)]

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from mug.run.finetuning import recipe as finetuning
+from mug.run.segmentation import recipe as segmenting
 from mug.run.training import recipe as training
 from mug.run.training.command_line import Parser
 
 FROZEN = {"options.txt": training.build_parser, "finetune_options.txt": finetuning.build_parser}
+FROZEN["segment_options.txt"] = segmenting.build_parser
 HERE = Path(__file__).parent
 
 

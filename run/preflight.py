@@ -1,0 +1,229 @@
+#!/usr/bin/env python3
+"""Check, on every rank, what a pre-training run will stand on: one table, one verdict.
+
+    deepspeed --hostfile hosts run/preflight.py --deepspeed ds_configs/zero3.json --config run/recipes/cc3m_base.yaml
+
+takes the launcher and the options of the run itself: put `preflight` for `pretrain` in its command. Nothing is
+trained, and nothing stays on the disk. Status 0: ready; 1: a check failed; 2: the command itself is wrong.
+"""
+
+import dataclasses
+import json
+import os
+import socket
+import statistics
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console as RichConsole
+from rich.table import Table
+from rich.text import Text
+from torch.distributed import DistError, Store
+
+from mug.run.training import hardware
+from mug.run.training.console import Console, run_command
+from mug.run.training.deepspeed_config import check_batch, load_deepspeed_config
+from mug.run.training.engine import recipe_values
+from mug.run.training.errors import RunError
+from mug.run.training.recipe import parse_command
+from mug.run.training.rendezvous import meet, patience
+from mug.run.training.survey import Finding, existing_folder, survey
+
+# What all ranks must find alike.
+SAME = ("versions", "code", "recipe", "index")
+CLOCK_LIMIT = 1.0  # seconds; NTP keeps hosts within milliseconds
+COLLECTIVE_PATIENCE = timedelta(minutes=2)
+
+
+def main(console: Console) -> None:
+    # --- The command, as pretrain.py reads it ---
+    command = parse_command()
+    trainer = command.recipe.trainer
+    rank, world = hardware.rank_and_world()
+    hardware.use_cores()
+    steps = check_batch(trainer.global_batch, trainer.micro_batch, world)
+    ds_config = load_deepspeed_config(command.deepspeed, recipe_values(trainer, command.recipe.model.width, world))
+
+    # --- Each rank alone: the store needs no more of the network than the way to rank 0 ---
+    store = meet(rank, world)
+    hardware.use_device()
+    reports = exchange(store, rank, world, survey(command, ds_config, rank, world))
+    batch = f"{trainer.global_batch} = {trainer.micro_batch} x {steps} accumulation x {world} rank(s)"
+    findings = [Finding("batch", batch), *merge(reports)]
+
+    # --- Ranks together: only over a network that every one of them can use ---
+    if not any(finding.problem for finding in findings if finding.check == "network"):
+        hardware.start_process_group(store, COLLECTIVE_PATIENCE)
+        findings += [clock(reports), shared_folder(command.output, reports), bandwidth()]
+        dist.barrier()
+        dist.destroy_process_group()
+
+    # --- One table, one verdict ---
+    failed = [finding.check for finding in findings if finding.problem]
+    if rank == 0:
+        show(findings, console)
+    hosts = len({report.host for report in reports})
+    console.say(f"NOT ready: {', '.join(failed)}" if failed else f"ready: {world} rank(s) on {hosts} host(s)")
+    if failed:
+        raise SystemExit(1)
+
+
+# --- Each rank alone --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What one rank has found."""
+
+    name: str  # for people: its number and host
+    host: str
+    findings: dict[str, Finding]
+
+
+def exchange(store: Store, rank: int, world: int, mine: list[Finding]) -> list[Report]:
+    """The reports of all ranks, on all ranks.
+
+    Raises:
+        RunError: a rank has reported nothing.
+    """
+    host = socket.gethostname()
+    store.set(f"report {rank}", json.dumps([host, [dataclasses.astuple(finding) for finding in mine]]))
+    try:
+        store.wait([f"report {other}" for other in range(world)], patience())
+    except DistError:
+        silent = [str(other) for other in range(world) if not store.check([f"report {other}"])]
+        raise RunError(f"rank(s) {', '.join(silent)} started, but did not finish looking around") from None
+    reports = []
+    for other in range(world):
+        host, findings = json.loads(store.get(f"report {other}"))
+        by_check = {check: Finding(check, value, problem) for check, value, problem in findings}
+        reports.append(Report(f"rank {other} on {host}", host, by_check))
+    return reports
+
+
+def merge(reports: list[Report]) -> list[Finding]:
+    """One finding a check: rank 0's value, or each one where they differ; and whose is wrong."""
+    checks = dict.fromkeys(check for report in reports for check in report.findings)
+    return [_merged(check, {r.name: r.findings[check] for r in reports if check in r.findings}) for check in checks]
+
+
+def _merged(check: str, findings: dict[str, Finding]) -> Finding:
+    (first, reference), *others = ((name, finding.value) for name, finding in findings.items())
+    problems = [f"{name}: {finding.problem}" for name, finding in findings.items() if finding.problem]
+    if check in SAME:
+        problems += [f"{name} has {value}, {first} has {reference}" for name, value in others if value != reference]
+    by_value: dict[str, list[str]] = {}
+    for name, finding in findings.items():
+        by_value.setdefault(finding.value, []).append(name)
+    values = [f"{_names(names)}: {value}" for value, names in by_value.items()] if len(by_value) > 1 else [reference]
+    return Finding(check, "\n".join(values), "\n".join(problems) or None)
+
+
+def _names(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+# --- Ranks together ---------------------------------------------------------------------------------------
+
+
+def clock(reports: list[Report]) -> Finding:
+    """How far each rank's clock is from rank 0's: half-way between sending and receiving, as NTP has it."""
+    offsets = [clock_offset(other) for other in range(1, dist.get_world_size())]
+    worst = max(map(abs, offsets), default=0.0)
+    off = [
+        f"{report.name}: {offset:+.1f} s from rank 0's clock; is NTP running?"
+        for report, offset in zip(reports[1:], offsets, strict=True)
+        if abs(offset) > CLOCK_LIMIT
+    ]
+    return Finding("clock", f"within {worst * 1000:.0f} ms of rank 0's", "\n".join(off) or None)
+
+
+def clock_offset(other: int) -> float:
+    """Seconds that the clock of rank `other` is ahead of rank 0's; all ranks call it, and all get the answer."""
+    answer = torch.zeros(1, dtype=torch.float64, device=hardware.device())
+    tries = []
+    for _ in range(6):  # the first one connects the two; the fastest is the most exact
+        if dist.get_rank() == 0:
+            sent = time.time()
+            dist.send(answer, dst=other)
+            dist.recv(answer, src=other)
+            received = time.time()
+            tries.append((received - sent, answer.item() - (sent + received) / 2))
+        elif dist.get_rank() == other:
+            dist.recv(answer, src=0)
+            answer.fill_(time.time())
+            dist.send(answer, dst=0)
+    answer.fill_(min(tries)[1] if tries else 0)
+    dist.broadcast(answer, src=0)
+    return answer.item()
+
+
+def shared_folder(output: Path, reports: list[Report]) -> Finding:
+    """Whether all ranks see what rank 0 writes where the run's folder will be: checkpoints count on it."""
+    folder = existing_folder(output)
+    probe = [str(folder / f".preflight-{socket.gethostname()}-{os.getpid()}")]
+    dist.broadcast_object_list(probe, src=0)
+    path = Path(probe[0])
+    try:
+        if dist.get_rank() == 0:
+            path.touch()
+        dist.barrier()
+        seen = hardware.gather([_appears(path)])
+    finally:
+        if dist.get_rank() == 0:
+            path.unlink(missing_ok=True)
+    blind = [report.name for report, sees in zip(reports, seen, strict=True) if not sees]
+    mend = f"{', '.join(blind)}: what rank 0 writes into {path.parent} is not there; name an --output that all share"
+    return Finding("shared folder", str(path.parent), mend if blind else None)
+
+
+def _appears(path: Path) -> bool:
+    """Wait for a file; a network file system may take seconds to show it."""
+    deadline = time.monotonic() + 10
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return path.exists()
+
+
+def bandwidth() -> Finding:
+    """All-reduce of a large and of a tiny tensor; per-link bandwidth as NCCL's tests count it ("busbw")."""
+    world = dist.get_world_size()
+    if world == 1:
+        return Finding("bandwidth", "one rank")
+    numel = 2**26 if torch.cuda.is_available() else 2**22
+    seconds, latency = (_median_seconds(torch.ones(n, device=hardware.device())) for n in (numel, 1))
+    rate = 4 * numel / seconds * 2 * (world - 1) / world
+    return Finding("bandwidth", f"all-reduce {rate / 1e9:.2f} GB/s a link, {latency * 1e6:.0f} µs at least")
+
+
+def _median_seconds(tensor: torch.Tensor) -> float:
+    """Of an all-reduce."""
+    taken = []
+    for _ in range(6):
+        dist.barrier()
+        hardware.wait_for_device()
+        begin = time.perf_counter()
+        dist.all_reduce(tensor)
+        hardware.wait_for_device()
+        taken.append(time.perf_counter() - begin)
+    return statistics.median(taken[1:])  # the first one connects
+
+
+# --- Table ------------------------------------------------------------------------------------------------
+
+
+def show(findings: list[Finding], console: Console) -> None:
+    """Print the table, on the terminal's width or on 120 columns elsewhere."""
+    table = Table("check", "found", "verdict")
+    for finding in findings:
+        verdict = Text(finding.problem, style="red") if finding.problem else Text("ok", style="green")
+        table.add_row(finding.check, Text(finding.value), verdict)
+    width = None if console.terminal.isatty() else 120
+    RichConsole(file=console.terminal, width=width).print(table)
+
+
+if __name__ == "__main__":
+    run_command(main)

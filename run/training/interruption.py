@@ -1,0 +1,42 @@
+"""Signals to end: one rank gets one, all ranks learn of it at the same step."""
+
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from mug.run.training import hardware
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send before they take a machine away
+
+
+class Interruption:
+    """Whether some rank was asked to end. All ranks call `ask` and `answer` once a step each, in this order.
+
+    On a GPU nothing waits for it: the answer is on its way to the host while the step is computed.
+    """
+
+    def __init__(self):
+        self.received = 0
+        self.answered = torch.zeros(1, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+        self.arrived = torch.cuda.Event() if torch.cuda.is_available() else None
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def ask(self) -> None:
+        number = torch.tensor([self.received]).to(hardware.device(), non_blocking=True)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        self.answered.copy_(number, non_blocking=True)
+        if self.arrived:
+            self.arrived.record()
+
+    def answer(self) -> str | None:
+        """The signal's name, if any rank had received one when it asked."""
+        if self.arrived:
+            self.arrived.synchronize()  # since then DeepSpeed has waited for the gradients' norm
+        number = self.answered.item()
+        return signal.Signals(number).name if number else None

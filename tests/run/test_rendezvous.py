@@ -1,0 +1,68 @@
+"""Ranks that meet before there is a process group."""
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from torch.distributed import TCPStore
+
+from mug.run.training.errors import RunError, SaidByThisRank
+from mug.run.training.rendezvous import meet
+
+
+@pytest.fixture(autouse=True)
+def port(monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        found = probe.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(found))
+    monkeypatch.setenv("MUG_PATIENCE_SECONDS", "2")
+    for variable in ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(variable, raising=False)
+    return found
+
+
+def meet_all(ranks: list[int], world: int) -> list:
+    """What `meet` gives or raises, of several ranks at once."""
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        calls = [pool.submit(meet, rank, world) for rank in ranks]
+        return [call.exception() or call.result() for call in calls]
+
+
+def test_all_ranks_get_one_store():
+    first, _, third = meet_all([0, 1, 2], world=3)
+    first.set("key", "said by rank 0")
+    assert third.get("key") == b"said by rank 0"
+
+
+def test_those_that_do_not_come_are_named():
+    zero, two = meet_all([0, 2], world=4)
+    assert type(zero) is RunError and "rank(s) 1, 3 of 4 did not come" in str(zero)
+    assert socket.gethostname() in str(zero)
+    assert type(two) is SaidByThisRank and "rank 0 at 127.0.0.1" in str(two)
+
+
+def test_no_rank_zero(port):
+    (one,) = meet_all([1], world=2)
+    assert type(one) is SaidByThisRank and f"rank 1 on {socket.gethostname()} cannot reach 127.0.0.1:{port}" in str(one)
+
+
+def test_a_port_in_use(port):
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", port))
+        other.listen()
+        with pytest.raises(RunError, match=f"port {port} of .* is in use"):
+            meet(0, 1)
+
+
+def test_a_restart_under_torchrun_begins_afresh(port, monkeypatch):
+    """The agent's store lives on, with what the ranks before wrote into it."""
+    agent = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not any(isinstance(got, Exception) for got in meet_all([0, 1], world=2))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    (zero,) = meet_all([0], world=2)
+    assert "rank(s) 1 of 2 did not come" in str(zero)
+    del agent

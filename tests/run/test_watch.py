@@ -1,0 +1,160 @@
+"""A rank that is killed, stopped, stuck or broken is named, and the others end."""
+
+import multiprocessing
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from mug.run.training import hardware, watch
+from mug.run.training.watch import Watch
+
+WORLD = 3
+RESTART = 75
+
+
+class Terminal:
+    """What the watch needs of a console; a file instead of a terminal."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def fail(self, line: str) -> None:
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+
+    def warn(self, line: str) -> None:
+        self.fail(f"warning: {line}")
+
+
+def train_for_ever(rank: int, guard: Watch) -> None:
+    while True:
+        guard.at("step 7")
+        dist.barrier()
+        time.sleep(0.01)
+
+
+def be_killed(rank: int, guard: Watch) -> None:
+    if rank == 1:
+        guard.at("step 7, its data")
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    train_for_ever(rank, guard)
+
+
+def be_killed_as_rank_zero(rank: int, guard: Watch) -> None:
+    be_killed(1 - rank if rank < 2 else rank, guard)
+
+
+def be_stopped(rank: int, guard: Watch) -> None:
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    train_for_ever(rank, guard)
+
+
+def be_stuck(rank: int, guard: Watch) -> None:
+    guard.at("step 7")
+    if rank == 2:
+        time.sleep(1000)
+    train_for_ever(rank, guard)
+
+
+def be_late(rank: int, guard: Watch) -> None:
+    guard.at("step 7")
+    if rank == 2:
+        time.sleep(2)
+    dist.barrier()
+
+
+def raise_an_error(rank: int, guard: Watch) -> None:
+    if rank == 1:
+        raise KeyError("of rank 1")
+    train_for_ever(rank, guard)
+
+
+def end(rank: int, guard: Watch) -> None:
+    guard.at("step 7")
+    time.sleep(0.3 * rank)
+
+
+def live(rank: int, port: int, folder: Path, act, hang_seconds: float) -> None:
+    watch.BEAT, watch.SILENCE, watch.GRACE = 0.1, 2.0, 0.5
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": str(rank)}
+    log = os.open(folder / f"rank{rank}.log", os.O_CREAT | os.O_WRONLY)
+    os.dup2(log, 2)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    with Watch(Terminal(folder / "terminal"), hang_seconds) as guard:
+        act(rank, guard)
+    time.sleep(0.3 * rank)  # the last to go must not miss the first
+    os._exit(0)
+
+
+def run(folder: Path, act, hang_seconds: float = 60.0) -> tuple[list[int | None], list[int], list[str]]:
+    """Exit codes (None: still there after 20 s) and process ids by rank, and the lines on the terminal."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([watch.__name__])
+    port = hardware._free_port()
+    ranks = [context.Process(target=live, args=(rank, port, folder, act, hang_seconds)) for rank in range(WORLD)]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + 30
+    for process in ranks:
+        process.join(max(0, deadline - time.monotonic()) if act is not be_stopped or process is not ranks[2] else 0)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    terminal = folder / "terminal"
+    return codes, [process.pid for process in ranks], terminal.read_text().splitlines() if terminal.exists() else []
+
+
+def test_ranks_that_end_are_not_missed(tmp_path):
+    assert run(tmp_path, end)[::2] == ([0, 0, 0], [])
+
+
+@pytest.mark.parametrize(
+    ("act", "codes", "says"),
+    [
+        (
+            be_killed,
+            [75, -9, 75],
+            r"error: rank 1 \(host \S+, pid PID1, step 7, its data\) is gone: its process ended; .*",
+        ),
+        (be_killed_as_rank_zero, [-9, 75, 75], "error: rank 0 is gone: its process ended; .*"),
+        (be_stopped, [75, 75, None], r"error: nothing was heard of rank 2 \(host \S+, pid PID2, .*\) for 2 s; .*"),
+    ],
+)
+def test_a_lost_rank_is_named_once_and_the_others_end(tmp_path, act, codes, says):
+    ended, pids, lines = run(tmp_path, act)
+    assert ended == codes
+    for rank, pid in enumerate(pids):
+        says = says.replace(f"PID{rank}", str(pid))
+    assert len(lines) == 1 and re.fullmatch(says, lines[0]), lines
+    survivor = next(rank for rank, code in enumerate(codes) if code == RESTART)
+    assert lines[0].removeprefix("error: ") in (tmp_path / f"rank{survivor}.log").read_text()
+
+
+def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(tmp_path):
+    codes, pids, lines = run(tmp_path, be_stuck, hang_seconds=3.0)
+    assert codes == [75, 75, 75]
+    late, hung = lines
+    assert re.fullmatch(rf"warning: rank 2 \(host \S+, pid {pids[2]}, step 7\) got no further for \d s; .*", late)
+    assert re.fullmatch(rf"error: rank 2 \(host \S+, pid {pids[2]}, step 7\) got no further for 3 s; .*", hung)
+    assert "be_stuck" in (tmp_path / "rank2.log").read_text()  # where it is
+
+
+def test_a_late_rank_is_named_and_may_go_on(tmp_path):
+    codes, pids, lines = run(tmp_path, be_late, hang_seconds=5.0)
+    assert codes == [0, 0, 0]
+    assert len(lines) == 1 and f"pid {pids[2]}, step 7) got no further for 1 s" in lines[0]
+
+
+def test_an_error_of_one_rank_ends_the_others(tmp_path):
+    codes, pids, lines = run(tmp_path, raise_an_error)
+    assert codes == [1, 1, 1] and lines == []
+    for rank in (0, 2):
+        log = (tmp_path / f"rank{rank}.log").read_text()
+        assert f"rank 1 (host {os.uname().nodename}, pid {pids[1]}, starting) has stopped: KeyError: 'of rank 1'" in log
