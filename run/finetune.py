@@ -11,8 +11,6 @@ where the run stopped. Any key of the recipe can be changed: python run/finetune
 """
 
 import dataclasses
-import math
-import time
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -32,9 +30,9 @@ from mug.run.training import checkpoint, hardware
 from mug.run.training.console import Console, run_command
 from mug.run.training.deepspeed_config import check_batch, load_deepspeed_config
 from mug.run.training.engine import build_engine, recipe_values, set_learning_rate
-from mug.run.training.errors import RunError
+from mug.run.training.errors import Diverged, RunError
 from mug.run.training.evaluation import HeldOut
-from mug.run.training.metrics import Clock, Meter, MetricsWriter, WaitAlarm
+from mug.run.training.metrics import Meter, MetricsWriter, WaitAlarm
 from mug.run.training.recipe import Command
 from mug.run.training.restore import load_engine
 from mug.run.training.saver import Saver
@@ -169,7 +167,8 @@ def train(run: Run, done: int) -> None:
         trainer.learning_rate, trainer.min_learning_rate, trainer.warmup_samples, run.steps * trainer.global_batch
     )
     classes = len(run.description["classifier"]["names"])
-    meter = Meter(trainer.global_batch, classifier_flops(run.recipe.model.encoder, classes), Clock(time.time()))
+    meter = Meter(trainer.global_batch)
+    step_flops = classifier_flops(run.recipe.model.encoder, classes) * trainer.global_batch / dist.get_world_size()
     alarm = WaitAlarm(run.recipe.data.workers)
     run.console.start_bar(run.steps, done)
     with MetricsWriter(run.command.output, done) if dist.get_rank() == 0 else nullcontext() as metrics:
@@ -179,9 +178,12 @@ def train(run: Run, done: int) -> None:
             last = step == run.steps
             with meter.waiting():
                 micro_batches = next(batches)
+            meter.count(step_flops)
             learning_rate = schedule((step - 0.5) * trainer.global_batch)
             set_learning_rate(run.engine, learning_rate)
             means = train_step(run.engine, micro_batches, WEIGHTS)
+            if not run.engine.was_step_applied():
+                raise Diverged(f"loss or gradient of step {step} is not finite; nothing was updated")
             run.stream.advance()
             line, logged = None, step % trainer.log_every == 0
             to_save = last or step % run.recipe.checkpoint.every_steps == 0 or (logged and saver.time_is_up())
@@ -202,17 +204,11 @@ def train(run: Run, done: int) -> None:
 
 
 def log_step(run: Run, metrics: MetricsWriter | None, step: int, figures: dict[str, float]) -> str:
-    """Write a step's row; returns its line for the terminal.
-
-    Raises:
-        ArithmeticError: the loss or the gradient is not finite; no later checkpoint holds what it led to.
-    """
+    """Write a step's row; returns its line for the terminal."""
     norm = run.engine.get_global_grad_norm()
     figures["grad_norm"] = None if norm is None else float(norm)
     if metrics:
         metrics.write("train", step, {"position": run.stream.next_position, **figures})
-    if not math.isfinite(figures["loss/total"]) or not math.isfinite(figures["grad_norm"] or 0):
-        raise ArithmeticError(f"loss or gradient of step {step} is not finite: {figures}")
     return f"loss {figures['loss/total']:.4f}  lr {figures['lr']:.2e}  {figures['images_per_s']:.0f} images/s"
 
 

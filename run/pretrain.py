@@ -314,6 +314,7 @@ def train(run: Run, resumed: checkpoint.Checkpoint | None) -> None:
             run.watch.at(f"step {step}, its data")
             with log.meter.waiting():
                 micro_batches = next(batches)
+            log.meter.count(step_flops(run, micro_batches))
             run.phases.end("first_batch")
             run.watch.at(f"step {step}")
             learning_rate = schedule((step - 0.5) * trainer.global_batch)
@@ -407,18 +408,27 @@ def open_log(run: Run, resumed: checkpoint.Checkpoint | None) -> Iterator[Log]:
     clock = Clock(run.phases.began)
     if resumed:
         clock.load_state_dict(resumed.manifest["clock"])
-    flops = flops_per_sample(recipe.model, run.engine.module.vocabulary.size)
     with MetricsWriter(output, resumed.step if resumed else 0) if dist.get_rank() == 0 else nullcontext() as metrics:
         losses = hardware.on_rank_zero(lambda: logged_losses(output))
         log = Log(
             metrics,
-            Meter(recipe.trainer.global_batch, sum(flops.values()), clock),
+            Meter(recipe.trainer.global_batch, clock),
             WaitAlarm(recipe.data.workers),
             SpikeAlarm(recipe.safety.spike_factor, losses),
             Saver(run.engine, output, recipe.checkpoint, lambda step, seconds: log.event(step, "checkpoint", seconds)),
         )
         run.phases.end("metrics")
         yield log
+
+
+def step_flops(run: Run, micro_batches: list[Batch]) -> float:
+    """FLOP of this rank's step; captions' padding is none, as the model computes nothing for it."""
+    vocabulary, flops = run.engine.module.vocabulary, 0.0
+    for batch in micro_batches:
+        samples = len(batch["tokens"])
+        text_tokens = int((batch["tokens"] != vocabulary.pad).sum()) / samples
+        flops += samples * sum(flops_per_sample(run.recipe.model, vocabulary.size, text_tokens).values())
+    return flops
 
 
 def log_step(run: Run, log: Log, step: int, learning_rate: float, means: Means) -> dict[str, float]:

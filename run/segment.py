@@ -158,7 +158,7 @@ def train(run: Run, done: int) -> None:
     trainer, recipe = run.recipe.trainer, run.recipe
     total = trainer.max_steps * trainer.global_batch
     schedule = LinearSchedule(trainer.learning_rate, trainer.warmup_samples, total)
-    meter = Meter(trainer.global_batch, 0.0)
+    meter = Meter(trainer.global_batch)
     run.console.start_bar(trainer.max_steps, done)
     with open_metrics(run, done) as metrics:
         batches = iter(run.stream)

@@ -10,8 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch.distributed as dist
-
 from mug.run.training import hardware
 
 
@@ -99,18 +97,22 @@ class Clock:
 class Meter:
     """Speed since the last reading, without the time spent on evaluations and checkpoints.
 
-    batch: samples of a step, over all ranks. flops: of one sample, forward and backward.
+    batch: samples of a step, over all ranks. clock: where the goodput is to be told, too.
     """
 
-    def __init__(self, batch: int, flops: float, clock: Clock):
+    def __init__(self, batch: int, clock: Clock | None = None):
         self.clock = clock
         self.batch = batch
-        peak = hardware.peak_flops()
-        self.mfu_of_rate = flops / (peak * dist.get_world_size()) if peak else None
+        self.peak_flops = hardware.peak_flops()
         self._restart()
 
     def _restart(self) -> None:
         self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.flops = 0.0
+
+    def count(self, flops: float) -> None:
+        """The floating-point operations of this rank in a step, forward and backward."""
+        self.flops += flops
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -128,13 +130,15 @@ class Meter:
         self.start += time.perf_counter() - begin
 
     def read(self) -> dict[str, float]:
-        """`images_per_s`, `data_wait` (share of the step), `goodput`, `memory_gb`; `mfu` where the peak is known."""
+        """`images_per_s`, `data_wait` (share of the step), `memory_gb`; `goodput`, `mfu` where they can be known."""
         seconds = time.perf_counter() - self.start
-        self.clock.trained += seconds - self.waited
         rate = self.steps * self.batch / seconds
-        figures = {"images_per_s": rate, "data_wait": self.waited / seconds, "goodput": self.clock.goodput()}
-        if self.mfu_of_rate:
-            figures["mfu"] = rate * self.mfu_of_rate
+        figures = {"images_per_s": rate, "data_wait": self.waited / seconds}
+        if self.clock:
+            self.clock.trained += seconds - self.waited
+            figures["goodput"] = self.clock.goodput()
+        if self.peak_flops and self.flops:
+            figures["mfu"] = self.flops / (seconds * self.peak_flops)
         self._restart()
         return {**figures, "memory_gb": hardware.peak_memory_gb()}
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import yaml
 from hosts import INTERFACE, cluster, lacking
 from launch import BIN, PYTHON, ROOT, TOY, deepspeed, environment, losses, pretrain, rows, torchrun
 
@@ -153,7 +154,6 @@ class Soak:
 
     def options(self, workers: int = 0) -> list[str]:
         own = {
-            "data.shards": f"{self.shards}/train-*.tar",
             "data.tokenizer": f"{self.shards}/tokenizer.json",
             "data.cache": str(self.folder / "cache"),
             "data.workers": str(workers),
@@ -162,7 +162,12 @@ class Soak:
             "checkpoint.keep": "2",
             "checkpoint.asynchronous": str(self.random.random() < 0.3).lower(),
         }
-        return [*TOY, *(part for name, value in own.items() for part in (f"--{name}", value))]
+        return [
+            "--config",
+            str(self.folder / "recipe.yaml"),
+            *TOY,
+            *(part for name, value in own.items() for part in (f"--{name}", value)),
+        ]
 
     def start(self, launcher: list[str] | None = None, workers: int = 0, **variables: str) -> Life:
         """Start the run again, on one or two ranks, in any ZeRO stage; it must go on from the newest whole state."""
@@ -384,7 +389,7 @@ def cut_the_network(soak: Soak) -> None:
         assert life.end() != 0
 
 
-def faults(root: bool) -> dict[str, Callable[[Soak], None]]:
+def faults(disk_to_fill: bool) -> dict[str, Callable[[Soak], None]]:
     """By name, those that can be made here."""
     named = {
         "SIGKILL while starting": kill_while_starting,
@@ -400,10 +405,10 @@ def faults(root: bool) -> dict[str, Callable[[Soak], None]]:
         "bit flipped in a manifest": damage(flip_a_bit, "manifest.json"),
         "training shard replaced": replace_a_shard,
     }
-    if root:
+    if disk_to_fill:
         named["disk full while saving"] = full_disk
-        if lacking() is None:
-            named["network cut between hosts"] = cut_the_network
+    if lacking() is None:
+        named["network cut between hosts"] = cut_the_network
     return named
 
 
@@ -411,26 +416,28 @@ def faults(root: bool) -> dict[str, Callable[[Soak], None]]:
 
 
 @contextlib.contextmanager
-def small_disk(folder: Path, root: bool) -> Iterator[None]:
-    """A disk of 64 MB for the run, to be filled; without root, a folder that is not."""
+def small_disk(folder: Path) -> Iterator[bool]:
+    """A disk of 64 MB at `folder`, to be filled; False where it is only a folder, for want of rights."""
     folder.mkdir()
-    if root:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", folder], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
     try:
-        yield
+        yield mounted
     finally:
-        if root:
+        if mounted:
             subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def soak(folder: Path, number: int, seed: int, say: Callable[[str], None] = print) -> Counter:
     """Put one run through `number` faults in `folder`, and compare it with one that had none; returns their counts."""
-    root = os.geteuid() == 0
-    run = Soak(folder, random.Random(seed), steps=8 * number + 16)
+    run = Soak(folder, random.Random(seed), steps=5 * number + 16)
     shutil.copytree(ensure_openmoji(DataConfig().cache_folder()), run.shards)
-    with small_disk(folder / "disk", root), contextlib.closing(run):
+    recipe = yaml.safe_load((ROOT / "run/recipes/openmoji_tiny.yaml").read_text())
+    recipe["data"]["shards"] = f"{run.shards}/train-*.tar"  # here, because ssh would expand it on a command line
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with small_disk(folder / "disk") as to_fill, contextlib.closing(run):
         finish_life(run, run.start(PYTHON), first=True)
-        possible, queue = faults(root), []
+        possible, queue = faults(to_fill), []
         for count in range(1, number + 1):
             queue = queue or run.random.sample(sorted(possible), len(possible))
             name = queue.pop()

@@ -208,6 +208,17 @@ def test_small_gradients_in_fp16_survive_a_large_loss_scale(device, backend, fre
     assert (gradient.double() - expected).abs().max() < 5e-3 * expected.abs().max()
 
 
+def test_small_probabilities_keep_their_digits_in_fp16(device, backend):
+    hidden, weight, target = torch.randn(3, 16) / 8, torch.randn(61, 16) / 8, torch.tensor([7, 7, 7])
+    hidden[:, 0], weight[:, 0], weight[7, 0] = 1, -5, 10  # all but one have 3e-7, five times fp16's smallest number
+    example = [hidden.to(device, torch.float16), weight.to(device, torch.float16), target.to(device)]
+    _, _, expected = exact(example, 1024.0)
+    *_, gradient = results(example, backend, 1024.0)
+    others = torch.arange(61, device=device) != 7
+    error = (gradient.double() - expected)[others].norm() / expected[others].norm()
+    assert error < 0.02
+
+
 def test_the_operator_is_registered_as_torch_library_wants_it(device, backend, fresh_seed):
     hidden, weight, target = make(device)
     arguments = (hidden.requires_grad_(), weight.requires_grad_(), target, PAD, 0.0, 0.0, 1000, backend == "triton")
