@@ -126,7 +126,7 @@ def test_begins_with_the_encoder_that_two_ranks_pretrained(tmp_path, images):
         (["--model.pool", "cls"], "checkpoint-12 has pool mean, not cls"),
         (["--model.depth", "3"], "checkpoint-12 has depth 2, not 3"),
         (["--trainer.global_batch", "16"], "was written with global batch 8, this run has 16"),
-        (["--seed", "3"], "seed 0, this run's has 3"),
+        (["--seed", "3"], "was trained with seed 0"),
         (["--data.images", "nowhere"], "nowhere has no folder test, val, validation"),
     ],
 )

@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from mug.model.classifier import Classifier, DropPath, layer_of
+from mug.model.classifier import Classifier, DropPath, choose_paths, layer_of
 from mug.model.encoder import Encoder
 from mug.model.presets import ModelConfig, resolve
 
@@ -86,7 +86,7 @@ def test_dropped_branches_depend_on_seed_and_position_alone():
 def test_the_rate_rises_linearly_and_is_the_share_left_out():
     model = classifier("mean", drop_path=0.4).train()
     assert [drop.rate for drop in model.drops] == pytest.approx([0, 0, 0.2, 0.2, 0.4, 0.4])
-    model._choose_paths(torch.arange(20_000))
+    choose_paths(model.drops, model.seed, torch.arange(20_000))
     for drop in model.drops:
         assert drop.keep_B.float().mean().item() == pytest.approx(1 - drop.rate, abs=0.02)
     together = (model.drops[4].keep_B & model.drops[5].keep_B).float().mean().item()
