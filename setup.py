@@ -38,7 +38,7 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn"],
-        "eval": ["scikit-learn", "torchmetrics", "sacrebleu"],
+        "eval": ["pycocoevalcap", "sacrebleu", "scikit-learn", "torchmetrics", "transformers>=5"],
         "export": ["onnx", "onnxruntime", "onnxscript", "transformers>=5"],
         "http": ["aiohttp"],
         "s3": ["s3fs"],

@@ -45,6 +45,7 @@ def test_one_figure_covers_what_its_alpha_covers():
     expected[top : top + LEAST, left : left + LEAST] = alpha >= 128
     assert set(np.unique(labels)) == {0, 2}
     assert ((labels == 2) != expected).mean() < 0.003, "but for the edge, which another rasteriser blurs another way"
+    assert abs(int((labels == 2).sum()) - int(expected.sum())) < 12, "and that by no more than it gains"
     pixels = np.asarray(image).astype(float)
     far = np.ones((SIDE, SIDE), bool)
     far[top : top + LEAST, left : left + LEAST] = False
