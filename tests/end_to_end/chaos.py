@@ -220,11 +220,14 @@ class Soak:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint's files are those of its manifest; not by the code that is tested."""
+    """Whether a checkpoint's files are those of its manifest, and that is as written; not by the code under test."""
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-        return all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == s["sha256"] for name, s in files.items())
-    except (OSError, ValueError, KeyError):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files, seal = manifest["files"], manifest.pop("sha256")
+        sealed = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest() == seal
+        digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files}
+        return sealed and all(digests[name] == file["sha256"] for name, file in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -336,11 +339,12 @@ def damage(change: Callable[[Soak, bytearray], None], which: str) -> Callable[[S
     def fault(soak: Soak) -> None:
         folder = checkpoints(soak.output)[0]
         path = soak.random.choice(sorted(folder.glob(which)))
-        data = bytearray(path.read_bytes())
-        change(soak, data)
-        path.write_bytes(data)
+        before = path.read_bytes()
+        while is_whole(folder):  # 1e-05 and 1E-05 are one number
+            change(soak, data := bytearray(before))
+            path.write_bytes(data)
         life = soak.start()
-        assert soak.expected == _step(checkpoints(soak.output)[1])
+        assert soak.expected == _step(checkpoints(soak.output)[1]), f"{path} is damaged"
         soak.until_saved(life)
         assert re.search(rf"warning: \S*{folder.name}: {re.escape(path.name)}", life.text()), life.text()
 

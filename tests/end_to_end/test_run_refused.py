@@ -69,7 +69,7 @@ def test_another_recipe_is_refused_unless_allowed(finished, tmp_path):
     listed = (
         "trainer.weight_decay 0.05 (now 0.1)",
         "loss_weights.caption 0.1 (now 0.3)",
-        "data.crop_scale [0.6, 1.0] (now [0.5, 0.9])",
+        "data.crop_scale [1.0, 1.0] (now [0.5, 0.9])",
     )
     assert_one_line(done, *listed, "checkpoint-4", "--allow_changes")
     assert "trainer.max_steps" not in done.stderr and "data.workers" not in done.stderr
