@@ -38,7 +38,8 @@ def linear_cross_entropy(
     """Mean cross-entropy of `hidden @ weightᵀ` over the rows whose target is not `ignore_index`.
 
     Rows to ignore are dropped before the product, so padding costs nothing. "triton" and "chunked" compute logits and
-    both gradients some rows at a time, so [N, V] never exists; their backward only multiplies by grad_output.
+    both gradients some rows at a time, so [N, V] never exists; their backward only multiplies these by grad_output, in
+    place, so the graph can be walked once.
 
     Args:
         hidden_ND: floating [N, D]; weight_VD: same dtype [V, D]; target_N: int64 [N].
@@ -239,8 +240,9 @@ def _backward(ctx, grad_output: Tensor | None, *_) -> tuple[Tensor | None, ...]:
     if grad_output is None:
         return (None,) * 10
     scale = grad_output / divisor
-    grad_hidden = (grad_ND * scale).to(ctx.dtype) if needs_hidden else None
-    return grad_hidden, (grad_VD * scale).to(ctx.dtype) if needs_weight else None, *(None,) * 8
+    # In place: a second copy of the weight's gradient would stand at the peak of a step's memory.
+    grad_hidden = grad_ND.mul_(scale).to(ctx.dtype) if needs_hidden else None
+    return grad_hidden, grad_VD.mul_(scale).to(ctx.dtype) if needs_weight else None, *(None,) * 8
 
 
 _chunked.register_autograd(_backward, setup_context=_save_for_backward)

@@ -127,6 +127,14 @@ def test_ignored_rows_may_hold_anything(device, backend, fresh_seed):
     assert (expected[2][target == PAD] == 0).all()
 
 
+def test_a_second_walk_through_the_graph_is_refused(device, fresh_seed):
+    hidden, weight, target = make(device)
+    loss, _ = linear_cross_entropy(hidden, weight.requires_grad_(), target, ignore_index=PAD, backend="chunked")
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_nan_and_infinity_propagate(device, backend, fresh_seed, value):
     hidden, weight, target = make(device)
