@@ -2,7 +2,7 @@
 """What does each half of MUG's loss teach? Pre-train three ways, judge the encoders alike, write the table.
 
     python run/experiments.py --quick                  # about 10 minutes on 2 CPU cores
-    python run/experiments.py                          # at most 3 hours on 2 CPU cores
+    python run/experiments.py                          # planned for 3 hours on 2 CPU cores, not timed yet
     python run/experiments.py --openclipart FOLDER     # also on Debian's clip art, unpacked there
 
 MUG (both losses), pixels alone (MAE) and captions alone see the same number of samples of Fashion-MNIST, captioned by
