@@ -13,7 +13,8 @@ demo: $(VENV)/.ready
 	@echo "[2/2] captions and reconstructions of held-out pairs"
 	@$(BIN)/python run/generate.py $(RUN) --out $(RUN)/generated
 
-# PYTEST names other tests or options: make test PYTEST='-m "not slow" -x'
+# PYTEST names other tests or options: make test PYTEST='-m slow', make test PYTEST=tests/data
+PYTEST ?= -m "not slow"
 test: $(VENV)/.ready
 	@$(BIN)/python -m pytest $(PYTEST)
 

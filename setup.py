@@ -2,7 +2,8 @@
 
 from setuptools import setup
 
-FOLDERS = ["model", "data", "kernels", "run", "run/benchmarks", "run/evaluation", "run/exporting", "run/training"]
+FOLDERS = ["model", "data", "kernels", "run", "run/benchmarks", "run/evaluation", "run/exporting", "run/finetuning"]
+FOLDERS += ["run/reporting", "run/segmentation", "run/training"]
 
 setup(
     name="mug",
@@ -12,7 +13,7 @@ setup(
     python_requires=">=3.11",
     packages=["mug." + folder.replace("/", ".") for folder in FOLDERS],
     package_dir={"mug." + folder.replace("/", "."): folder for folder in FOLDERS},
-    package_data={"mug.run": ["recipes/*.yaml"]},
+    package_data={"mug.run": ["recipes/*.yaml", "recipes/finetune/*.yaml", "recipes/segment/*.yaml"]},
     install_requires=[
         "deepspeed>=0.19.8",
         "emoji",

@@ -17,7 +17,8 @@ class FetchConfig:
             each sample from the store when it is needed and puts nothing on the disk.
         cache_gb: Disk space for the cache, in 10^9 bytes. It should hold the shards that all ranks and workers of a
             machine read at one time and those they fetch ahead; the longest unused go first.
-        ahead: Shards that each worker fetches ahead of the one it reads, all at once.
+        ahead: Shards that each worker fetches ahead of the one it reads, all at once; where `remote` is ranged, reads
+            that it has under way.
         retry_seconds: How long one shard may go without any progress before the run stops.
     """
 

@@ -25,14 +25,16 @@ class RandomCrop:
         return random_box(width, height, self.scale, self.draws)
 
 
+@dataclass(frozen=True)
 class CentralSquare:
-    """Evaluation: shorter side to the wanted size, centre crop."""
+    """Evaluation: the square in the middle, whose side is `fraction` of the image's shorter side."""
 
+    fraction: float = 1.0
     flip = False
 
     def box(self, width: int, height: int) -> Box:
         """The box within an image of this size."""
-        side = min(width, height)
+        side = max(1, round(self.fraction * min(width, height)))
         return _central_box(width, height, side, side)
 
 

@@ -8,11 +8,13 @@ like others, and it asks a network file system for page after page instead of on
 import os
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from fsspec.spec import AbstractBufferedFile
 
@@ -22,7 +24,9 @@ from mug.data.errors import DataError
 from mug.data.remote import GRACE_SECONDS, Patience, Shard, Stores, is_remote
 
 PIECE = 16 * 2**20  # bytes of one request for a whole shard
-OPEN_LOCAL, OPEN_REMOTE = 512, 64  # files kept open
+OPEN_LOCAL, OPEN_REMOTE = 512, 2048  # files kept open; a remote one holds no connection
+Result = TypeVar("Result")
+
 POLL_SECONDS = 0.2  # between two looks at what another process does
 
 
@@ -64,6 +68,20 @@ class Fetch:
         which = self._shard(shard)
         return self._reader(which).local(which)
 
+    def ahead(self, shards: Sequence[int], read: Callable[[int], Result]) -> Iterator[Callable[[], Result]]:
+        """For each i a function that returns what `read(i)` does, which reads from `shards[i]`; called in that order.
+
+        What lies in a store comes in meanwhile, `config.ahead` at a time: whole shards, or by ranges as many reads.
+        """
+        remote = any(is_remote(self._urls[shard]) for shard in shards)
+        if remote and self._config.remote == "ranged" and self._config.ahead:
+            yield from self._here().remote.ahead(range(len(shards)), read)
+            return
+        for i in range(len(shards)):
+            if remote:
+                self.prefetch(list(dict.fromkeys(shards[i:])))
+            yield partial(read, i)
+
     def prefetch(self, shards: Sequence[int]) -> None:
         """Say which shards come next, in this order, instead of those said before.
 
@@ -97,7 +115,7 @@ class _Opened:
 
         self.process = os.getpid()
         self.local = _Local(patience)
-        self.remote = _Ranged(patience) if config.remote == "ranged" else _Cached(cache, config, patience)
+        self.remote = _Ranged(patience, config.ahead) if config.remote == "ranged" else _Cached(cache, config, patience)
 
 
 class _Local:
@@ -142,18 +160,20 @@ class _Local:
 class _Ranged:
     """Remote shards, of which each read asks the store for its bytes."""
 
-    def __init__(self, patience: Callable[[Shard], Patience]):
+    def __init__(self, patience: Callable[[Shard], Patience], at_a_time: int):
         self._patience = patience
+        self._at_a_time = at_a_time
         self._stores = Stores()
         self._files: OrderedDict[Shard, AbstractBufferedFile] = OrderedDict()  # the longest unused first
         self._lock = threading.Lock()
 
     def read(self, shard: Shard, offset: int, length: int) -> bytes:
-        with self._lock:  # a file has one position
-            return self._patience(shard).persist(lambda: self._attempt(shard, offset, length))
+        return self._patience(shard).persist(lambda: self._attempt(shard, offset, length))
 
     def _attempt(self, shard: Shard, offset: int, length: int) -> bytes:
-        file = self._files.pop(shard, None) or self._stores.open(shard)[0]  # back only when it has worked
+        with self._lock:
+            file = self._files.pop(shard, None)  # it has one position, so one reader; back only when it has worked
+        file = file or self._stores.open(shard)[0]
         try:
             file.seek(offset)
             data = file.read(length)
@@ -161,10 +181,24 @@ class _Ranged:
             raise DataError(f"{shard}: its server sends whole files only: set data.remote to cache") from error
         if len(data) != length and offset + length <= shard.size:
             raise EOFError(f"{len(data):,} of {length:,} bytes")
-        self._files[shard] = file
-        if len(self._files) > OPEN_REMOTE:
-            self._files.popitem(last=False)
+        with self._lock:
+            self._files[shard] = file
+            if len(self._files) > OPEN_REMOTE:
+                self._files.popitem(last=False)
         return data
+
+    def ahead(self, places: Iterable[int], read: Callable[[int], Result]) -> Iterator[Callable[[], Result]]:
+        with ThreadPoolExecutor(self._at_a_time) as pool:
+            waiting = deque()
+            try:
+                for i in places:
+                    waiting.append(pool.submit(read, i))
+                    if len(waiting) > self._at_a_time:
+                        yield waiting.popleft().result
+                while waiting:
+                    yield waiting.popleft().result
+            finally:  # also where the caller stops early
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def local(self, shard: Shard) -> Path:
         raise DataError(f"{shard} is of a kind that is read as a whole: set data.remote to cache")
@@ -225,7 +259,7 @@ class _Cached:
         while (file := self._cache().open(shard)) is None:
             transfer = self._start(shard, needed=True)
             while not wait([transfer.file], timeout=1.0).done:
-                pass  # whatever its thread may hang in
+                transfer.patience.check(GRACE_SECONDS)  # whatever its thread may hang in
             with self._lock:
                 if self._transfers.get(shard) is transfer:
                     del self._transfers[shard]

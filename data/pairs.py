@@ -1,7 +1,8 @@
 """Positions → samples: where each lies, its bytes, its crop and its caption; what cannot be used is replaced."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from mug.data.decode import Mode, decode_crop
 from mug.data.errors import BadSample, DataError
 from mug.data.ledger import Replaced
 from mug.data.order import Order
-from mug.data.reader import Reader
+from mug.data.reader import Parts, Reader
 from mug.data.remote import shown
 from mug.data.tokenizer import Tokenizer
 
@@ -67,6 +68,7 @@ class EvaluationView:
     """Samples in the order of the S shards, which hold counts_S (int64 [S]); central squares, first captions."""
 
     counts_S: np.ndarray
+    fraction: float = 1.0  # of the shorter side, that the square takes
 
     def locate(self, positions_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ends_S = np.cumsum(self.counts_S)
@@ -74,7 +76,7 @@ class EvaluationView:
         return np.zeros_like(positions_N), shards_N, positions_N - (ends_S - self.counts_S)[shards_N]
 
     def crop(self, epoch: int, position: int) -> Crop:
-        return CentralSquare()
+        return CentralSquare(self.fraction)
 
     def caption(self, epoch: int, position: int) -> float:
         return 0.0
@@ -103,6 +105,10 @@ class Pairs:
         """Number of samples in the shards."""
         return len(self.reader.index)
 
+    def identity(self) -> dict[str, str]:
+        """What a position's sample depends on, beside the order."""
+        return {"fingerprint": self.reader.index.fingerprint, "tokenizer": self.tokenizer.fingerprint}
+
     def batch(self, positions: Sequence[int]) -> tuple[Batch, list[Replaced]]:
         """B samples, and which of them stand in for others.
 
@@ -116,31 +122,35 @@ class Pairs:
         image_BCHW = np.empty((len(positions_B), 3, self.image_size, self.image_size), dtype=np.uint8)
         tokens_BT = np.empty((len(positions_B), self.text_length), dtype=np.int64)
         replaced: list[Replaced] = []
-        located = (array.tolist() for array in (positions_B, *self.view.locate(positions_B)))
-        for i, place in enumerate(zip(*located, strict=True)):
-            image_BCHW[i], tokens_BT[i], bad = self._usable(*place)
+        epochs, shards, rows = (array.tolist() for array in self.view.locate(positions_B))
+        reads = self.reader.ahead(list(zip(shards, rows, strict=True)))
+        for i, read in enumerate(reads):
+            image_BCHW[i], tokens_BT[i], bad = self._usable(int(positions_B[i]), epochs[i], shards[i], rows[i], read)
             replaced += bad
         arrays = {"image": image_BCHW, "tokens": tokens_BT, "position": positions_B}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}, replaced
 
-    def _usable(self, position: int, epoch: int, shard: int, row: int) -> tuple[np.ndarray, np.ndarray, list[Replaced]]:
+    def _usable(
+        self, position: int, epoch: int, shard: int, row: int, read: Callable[[], Parts]
+    ) -> tuple[np.ndarray, np.ndarray, list[Replaced]]:
         """The image and the tokens at a position, and the samples that could not be used there."""
         index, bad = self.reader.index, []
         count = int(index.counts_S[shard])
-        substitutes = (int(draw) % count for draw in self.view.substitutes(epoch, position))
-        for candidate in (row, *substitutes):
+        for substitute in (None, *self.view.substitutes(epoch, position)):
+            if substitute is not None:
+                row = int(substitute) % count
+                read = partial(self.reader.read, shard, row)
             try:
-                return *self._sample(position, epoch, shard, candidate), bad
+                return *self._sample(position, epoch, read()), bad
             except BadSample as error:
-                key = index.key(shard, candidate)
-                bad.append(Replaced(position, shown(index.urls[shard]), key, str(error), count))
+                bad.append(Replaced(position, shown(index.urls[shard]), index.key(shard, row), str(error), count))
         raise DataError(
             f"shard '{bad[-1].shard}': {len(bad)} samples in a row cannot be used, the last '{bad[-1].key}':"
             f" {bad[-1].reason}; write it anew or leave it out"
         )
 
-    def _sample(self, position: int, epoch: int, shard: int, row: int) -> tuple[np.ndarray, np.ndarray]:
-        image, text, meta = self.reader.read(shard, row)
+    def _sample(self, position: int, epoch: int, parts: Parts) -> tuple[np.ndarray, np.ndarray]:
+        image, text, meta = parts
         view_CSS = decode_crop(image, self.image_size, self.view.crop(epoch, position), self.decode)
         caption = choose(text, meta, self.languages, self.view.caption(epoch, position))
         return view_CSS, self.tokenizer.encode(caption, self.text_length)

@@ -1,6 +1,6 @@
 """The bytes of a sample: from its row of the index, out of its shard."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mug.data.build import index_for
@@ -12,6 +12,9 @@ from mug.data.errors import BadSample
 from mug.data.fetch import Fetch
 from mug.data.index import Index
 from mug.data.rows import IMAGE, JSON, TEXT
+
+GROUPED = ("parquet", "arrow_batches")  # formats whose samples are rows of a group that is read as a whole
+Parts = tuple[bytes, bytes, bytes]  # image, text and json of a sample, empty where it has none
 
 NEAR = 16 * 2**10  # bytes between two parts of a sample that are better read than stepped over
 
@@ -42,8 +45,12 @@ class Reader:
             shard = int(starts_S1.searchsorted(number, side="right")) - 1
             yield shard, number - int(starts_S1[shard])
 
-    def read(self, shard: int, row: int) -> tuple[bytes, bytes, bytes]:
-        """Image, text and json of a sample, empty where it has none.
+    def ahead(self, places: Sequence[tuple[int, int]]) -> Iterator[Callable[[], Parts]]:
+        """For each shard and row a function that returns what `read` does; remote ones come in meanwhile."""
+        return self.fetch.ahead([shard for shard, _ in places], lambda i: self.read(*places[i]))
+
+    def read(self, shard: int, row: int) -> Parts:
+        """The bytes of a sample.
 
         Raises:
             BadSample: the image is larger than any that is decoded.
@@ -55,7 +62,7 @@ class Reader:
             (int(rows.text_offset[row]), int(rows.text_length[row])),
             (int(rows.json_offset[row]), int(rows.json_length[row])),
         ]
-        if self.index.formats[shard] in ("parquet", "arrow_batches"):
+        if self.index.formats[shard] in GROUPED:
             path = self.fetch.local(shard)
             image, text, meta = (
                 self.groups.read(path, part, *place) if place[1] >= 0 else b""
@@ -64,6 +71,20 @@ class Reader:
         else:
             image, text, meta = self._read_spans(shard, places)
         return image, text, meta
+
+    def read_json(self, shard: int, row: int) -> bytes:
+        """The json of a sample alone, empty where it has none.
+
+        Raises:
+            DataError: the shard cannot be read, or is not the one that was indexed.
+        """
+        rows = self.index.rows(shard)
+        offset, length = int(rows.json_offset[row]), int(rows.json_length[row])
+        if length < 0:
+            return b""
+        if self.index.formats[shard] in GROUPED:
+            return self.groups.read(self.fetch.local(shard), JSON, offset, length)
+        return self.fetch.read(shard, offset, min(length, MAX_JSON + 1))
 
     def _read_spans(self, shard: int, places: list[tuple[int, int]]) -> list[bytes]:
         """The bytes at each (offset, length): in one read where they lie side by side, as in a tar they do."""

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-ORDER, CROP, FLIP, CAPTION, SUBSTITUTE = range(5)  # purposes: each has its own stream
+ORDER, CROP, FLIP, CAPTION, SUBSTITUTE, AUGMENT, MIX, SCENE = range(8)  # purposes: each has its own stream
 
 
 def raw(seed: int, purpose: int, epoch: int, position: int, count: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 from mug.data.config import DataConfig
 from mug.data.errors import DataError
 from mug.data.ledger import Replaced
-from mug.data.loader import load
+from mug.data.loader import load, start_fork_server
 from mug.data.openmoji import ensure_openmoji
 from mug.data.order import Order
 from mug.data.pairs import Batch, EvaluationView, Pairs, TrainView
@@ -123,8 +123,7 @@ class TrainStream:
             "seed": self.order.seed,
             "samples": self.samples,
             **self.order.constants(),
-            "fingerprint": self.pairs.reader.index.fingerprint,
-            "tokenizer": self.tokenizer.fingerprint,
+            **self.pairs.identity(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -151,6 +150,8 @@ def open_train(config: DataConfig, seed: int, image_size: int, text_length: int,
     Raises:
         DataError: shards or tokenizer are missing or damaged.
     """
+    if config.workers:
+        start_fork_server()
     embedded = ensure_openmoji(config.cache_folder()) if config.shards is None else None
     reader = Reader.open(config.shards if embedded is None else f"{embedded}/train-*.tar", config)
     view = TrainView(Order(reader.index.counts_S, seed), tuple(config.crop_scale), config.flip)

@@ -28,6 +28,7 @@ SPARSE = b"S"
 EXTENSIONS = b"xXgLK"  # headers that say something of the next one, in their body
 MAX_EXTENSION = 2**20  # bytes
 BATCH, BATCH_BYTES = 4096, 2**25  # headers, and bytes read with them
+WIDE = 2**16  # bytes read at a time where bodies are too small for a jump over them to save anything
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,19 +56,24 @@ class _Headers:
 
     def __init__(self, read: Read, size: int, window: int):
         self.read, self.size, self.window = read, size, window
+        self.width = window  # of the next read
         self.offset, self.length = array("q"), array("q")
         self.names: dict[int, bytes] = {}
         self.others: list[int] = []
         self.pieces: list[bytes] = []
+        self.bytes = 0  # in them
         self.starts, self.firsts = array("q"), array("q")
 
     def full(self) -> bool:
-        return len(self.offset) >= BATCH or len(self.pieces) * self.window >= BATCH_BYTES
+        return len(self.offset) >= BATCH or self.bytes >= BATCH_BYTES
 
     def _read_piece(self, offset: int) -> bytes:
-        piece = self.read(offset, self.window)
-        if len(piece) < self.window and len(piece) < self.size - offset:
+        skipped = offset - (self.starts[-1] + len(self.pieces[-1]) if self.pieces else 0)
+        self.width = max(self.window, min(2 * self.width, WIDE)) if skipped < self.window else self.window
+        piece = self.read(offset, self.width)
+        if len(piece) < self.width and len(piece) < self.size - offset:
             raise DataError("became shorter while it was read: start again when it is whole")
+        self.bytes += len(piece)
         self.pieces.append(piece)
         self.starts.append(offset)
         self.firsts.append(len(self.offset))

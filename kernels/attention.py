@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mug.kernels.attention_backends import HALVES, RUN, Masks, obstacle, sdpa
-from mug.kernels.attention_table import TABLE, Key, bucket
+from mug.kernels.attention_table import TABLE, Key, architecture, bucket
 
 BACKENDS = ("auto", *RUN)
 DEFAULT_BACKEND = os.environ.get("MUG_ATTENTION_BACKEND", "auto")  # of calls that leave it to "auto"
@@ -56,6 +56,7 @@ def attention(
         ValueError: shapes that disagree, an unknown backend, or one asked for by name that cannot serve; it names the
             argument.
     """
+    backend = DEFAULT_BACKEND if backend == "auto" else backend
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
     if cu_seqlens_q is None and cu_seqlens_k is None:
@@ -67,7 +68,6 @@ def attention(
         raise ValueError(f"kv_lengths has shape {tuple(kv_lengths.shape)}, expected ({sequences},)")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     masks = Masks(causal, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, kv_lengths, scale)
-    backend = DEFAULT_BACKEND if backend == "auto" else backend
     if backend == "auto" and q.is_cpu:  # one choice, and the calls are so short there that looking it up would show
         _log_cpu()
         return sdpa(q, k, v, masks)
@@ -146,8 +146,7 @@ def _measured(device: str, half: bool, training: bool, D: int, tokens: int, caus
     """The table's backend for this kind of call; logged, once as the result is kept."""
     backend = None
     if half and device.startswith("cuda"):
-        architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-        backend = TABLE.get(Key(architecture, training, D, tokens, causal, packed))
+        backend = TABLE.get(Key(architecture(device), training, D, tokens, causal, packed))
     choice = f"{backend}, as measured" if backend else f"{UNMEASURED}, for want of a measurement"
     kind = f"{'training' if training else 'inference'}, D={D}, N up to {tokens}, causal={causal}, varlen={packed}"
     logger.info("attention on %s (%s): %s", device, kind, choice)

@@ -34,11 +34,10 @@ class Masks(NamedTuple):
 
 def obstacle(backend: str, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> str | None:
     """Why the backend cannot serve this call, in words that name the argument; None if it can, as far as is known."""
-    device = q.device.type
     if backend in ("reference", "sdpa", "sdpa_math"):
         return None
     if backend.startswith("sdpa"):
-        return _sdpa_obstacle(backend, device, masks)
+        return _sdpa_obstacle(backend, q, masks)
     if not installed(backend):
         return f"{'triton' if backend == 'triton' else backend.replace('_', '-')} is not installed"
     others = {"k": k, "v": v, **masks._asdict()}
@@ -54,11 +53,16 @@ def obstacle(backend: str, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> str
     return _triton_obstacle(q, masks) if backend == "triton" else _flash_obstacle(q, masks)
 
 
-def _sdpa_obstacle(backend: str, device: str, masks: Masks) -> str | None:
-    if device == "cpu":
-        return None if backend == "sdpa_flash" else "q is on cpu"
-    masked = "kv_lengths" if masks.kv_lengths is not None else "cu_seqlens_q" if masks.cu_seqlens_q is not None else ""
-    return f"{masked} needs a mask, which PyTorch's flash kernel lacks" if masked and backend == "sdpa_flash" else None
+def _sdpa_obstacle(backend: str, q: Tensor, masks: Masks) -> str | None:
+    if q.is_cpu or backend != "sdpa_flash":
+        return "q is on cpu" if q.is_cpu and backend != "sdpa_flash" else None
+    if masks.kv_lengths is not None:
+        return "kv_lengths needs a mask, which PyTorch's flash kernel lacks"
+    if masks.cu_seqlens_q is None:
+        return None
+    if not _exists("torch.nn.attention.varlen"):
+        return f"cu_seqlens_q needs varlen_attn, which PyTorch {torch.__version__} lacks"
+    return None if q.dtype in HALVES else f"q is {q.dtype}, not float16 or bfloat16"
 
 
 def _triton_obstacle(q: Tensor, masks: Masks) -> str | None:
@@ -150,6 +154,17 @@ def _sdpa_by(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, masks: Masks) 
         ) from error
 
 
+def _sdpa_flash(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
+    """PyTorch's own FlashAttention; packed sequences on a GPU need no mask there."""
+    if masks.cu_seqlens_q is None or q.is_cpu:
+        return _sdpa_by(SDPBackend.FLASH_ATTENTION, q, k, v, masks)
+    from torch.nn.attention.varlen import varlen_attn
+
+    starts, longest = (masks.cu_seqlens_q, masks.cu_seqlens_k), (masks.longest_q, masks.longest_k)
+    window = (-1, 0 if masks.causal else -1)
+    return varlen_attn(q, k, v, *starts, *longest, scale=masks.scale, window_size=window)
+
+
 def _real_keys(kv_lengths: Tensor, Nk: int) -> Tensor:
     """bool [B, 1, 1, Nk], True where the key is no padding."""
     return (torch.arange(Nk, device=kv_lengths.device) < kv_lengths[:, None])[:, None, None]
@@ -225,6 +240,7 @@ RUN = {
     "triton": triton,
     "sdpa": sdpa,
     **{name: functools.partial(_sdpa_by, kernel) for kernel, name in _SDPA_NAMES.items()},
+    "sdpa_flash": _sdpa_flash,
     "flash_attn": flash_attn,
     "flash_attn_4": flash_attn_4,
     "reference": reference,

@@ -21,7 +21,7 @@ def small_blocks(longest_q: int, longest_k: int) -> dict[str, int]:
 
 
 def tiled_blocks(kernel: str, dtype: torch.dtype, D: int) -> dict[str, int]:
-    """The same for "forward", "dq" and "dkdv", chosen by registers and occupancy (docs/attention.md)."""
+    """The same for "forward", "dq" and "dkdv", chosen by registers and occupancy (docs/kernels.md)."""
     if dtype == torch.float32:  # no tensor cores in IEEE precision: what is held must be small
         return {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
     blocks = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}

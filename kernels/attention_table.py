@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 PATH = Path(__file__).with_name("attention_table.json")
 # Upper bounds on tokens. Above 64 they are whole tiles of the kernels: 197 falls to 256, 257 to 320, 577 to 640.
 BUCKETS = (16, 32, 64, 128, 256, 320, 640, 1280)
@@ -29,6 +31,11 @@ class Key(NamedTuple):
     tokens: int
     causal: bool
     varlen: bool
+
+
+def architecture(device: torch.device | str) -> str:
+    """Of a CUDA device, such as "sm_90" of H100 and H200."""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def bucket(tokens: int) -> int:

@@ -3,14 +3,25 @@
 Dimension letters: N rows (tokens), K kept rows, R rows of a chunk, D width, V vocabulary.
 """
 
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BACKENDS = ("auto", "chunked", "reference")
+BACKENDS = ("auto", "triton", "chunked", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # imported when the kernel is first asked for
 MEMORY_BUDGET = 512 * 2**20
 REFERENCE_BYTES = 12  # of one logit in plain PyTorch: logit, log-probability and gradient in fp32
+ALIGNMENT = 64  # logits to which rows are padded: cuBLAS falls to slow kernels where they begin off 16 bytes
+FP16_SCALE = 2.0**10  # of gradients of logits: a probability of 1 in 30,522 lies below fp16's normal numbers
+
+logger = logging.getLogger("mug")
 
 
 def linear_cross_entropy(
@@ -26,41 +37,39 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of `hidden @ weightᵀ` over the rows whose target is not `ignore_index`.
 
-    Rows to ignore are dropped before the product, so padding costs nothing. The chunked backend computes logits and
-    both gradients some rows at a time, so [N, V] never exists; its backward only multiplies by grad_output.
+    Rows to ignore are dropped before the product, so padding costs nothing. "triton" and "chunked" compute logits and
+    both gradients some rows at a time, so [N, V] never exists; their backward only multiplies by grad_output.
 
     Args:
         hidden_ND: floating [N, D]; weight_VD: same dtype [V, D]; target_N: int64 [N].
         label_smoothing: share of the target spread over all of V, as in F.cross_entropy.
         z_loss: weight of the mean squared log-sum-exp of the logits (PaLM, arXiv 2204.02311, section 5), which is
             added to the loss.
-        memory_budget: bytes that logits may take at a time; the chunked backend keeps one row at least. Beside
-            them it keeps both gradients in fp32.
-        backend: "chunked", "reference" (plain PyTorch), or "auto": the reference where it fits the budget, as it
-            does in small models, else chunked; under torch.compile always chunked, which is one opaque operator.
+        memory_budget: bytes that logits may take at a time, one row at least. Beside them both gradients are kept
+            in fp32.
+        backend: "triton" (chunks, with one kernel from logits to their gradient), "chunked" (chunks in PyTorch),
+            "reference" (plain PyTorch), or "auto": the reference where it fits the budget, as it does in small
+            models, else triton on CUDA and chunked on a CPU; under torch.compile never the reference, as the others
+            are one opaque operator.
 
     Returns:
-        (loss, accuracy), fp32 scalars: the mean over the kept rows, and the share of them whose largest
-        logit is the target (detached). Without a kept row both are 0, and the gradients are zero.
+        (loss, accuracy), fp32 scalars: the mean over the kept rows, and the share of them where no logit
+        is larger than the target's (detached). Without a kept row both are 0, and the gradients are zero.
 
     Raises:
-        ValueError: shapes or dtypes that disagree, an unknown backend, "chunked" for another dtype than fp32, fp16
-            or bf16, or, on CPU, a target out of range; it names the argument.
+        ValueError: shapes or dtypes that disagree, an unknown backend, one asked for by name that cannot serve, or,
+            on CPU, a target out of range; it names the argument. On CUDA a target out of range makes the loss NaN.
     """
     _check(hidden_ND, weight_VD, target_N, ignore_index, backend)
     if torch.is_autocast_enabled(hidden_ND.device.type):
         dtype = torch.get_autocast_dtype(hidden_ND.device.type)
         hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
-    if backend == "auto":
-        fits = len(target_N) * len(weight_VD) * REFERENCE_BYTES <= memory_budget
-        small = fits and not torch.compiler.is_compiling()
-        backend = "reference" if small or hidden_ND.dtype not in DTYPES else "chunked"
+    fits = len(target_N) * len(weight_VD) * REFERENCE_BYTES <= memory_budget
+    backend = _choose_backend(backend, hidden_ND, weight_VD, fits and not torch.compiler.is_compiling())
     if backend == "reference":
         return _reference(hidden_ND, weight_VD, target_N, ignore_index, label_smoothing, z_loss)
-    if hidden_ND.dtype not in DTYPES or weight_VD.dtype != hidden_ND.dtype:
-        raise ValueError(f'backend="chunked" cannot serve hidden {hidden_ND.dtype} with weight {weight_VD.dtype}')
     needs = [x.requires_grad and torch.is_grad_enabled() for x in (hidden_ND, weight_VD)]
-    options = (ignore_index, label_smoothing, z_loss, memory_budget)
+    options = (ignore_index, label_smoothing, z_loss, memory_budget, backend == "triton")
     return _chunked(hidden_ND, weight_VD, target_N, *options, *needs)[:2]
 
 
@@ -71,10 +80,45 @@ def _check(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, ignore_index:
         raise ValueError(f"hidden has {hidden_ND.shape[0]} rows, target {target_N.shape[0]}")
     if hidden_ND.shape[1] != weight_VD.shape[1]:
         raise ValueError(f"hidden has width {hidden_ND.shape[1]}, weight {weight_VD.shape[1]}")
+    if target_N.dtype != torch.int64:
+        raise ValueError(f"target is {target_N.dtype}, not torch.int64")
     if target_N.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = target_N[(target_N != ignore_index) & ((target_N < 0) | (target_N >= len(weight_VD)))]
         if len(wrong):
             raise ValueError(f"target holds {int(wrong[0])}, the vocabulary has {len(weight_VD)}")
+
+
+def _choose_backend(backend: str, hidden_ND: Tensor, weight_VD: Tensor, small: bool) -> str:
+    """`small`: the reference may serve, as all of its logits fit the budget."""
+    if backend == "auto":
+        backend = "triton" if hidden_ND.is_cuda and HAS_TRITON else "chunked"
+        backend = "reference" if small or _obstacle(backend, hidden_ND, weight_VD) else backend
+        if not torch.compiler.is_compiling():
+            _log_choice(hidden_ND.device.type, backend)
+    elif obstacle := _obstacle(backend, hidden_ND, weight_VD):
+        raise ValueError(f'backend="{backend}" cannot serve this call: {obstacle}')
+    return backend
+
+
+def _obstacle(backend: str, hidden_ND: Tensor, weight_VD: Tensor) -> str | None:
+    """Why the backend cannot serve, in words that name the argument; None if it can."""
+    device = hidden_ND.device.type
+    if backend == "reference":
+        return None
+    if hidden_ND.dtype not in DTYPES or weight_VD.dtype != hidden_ND.dtype:
+        return f"hidden is {hidden_ND.dtype}, weight {weight_VD.dtype}; it takes one of fp32, fp16, bf16"
+    if backend == "chunked":
+        return None
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"hidden is on {device}, which needs TRITON_INTERPRET=1"
+    return None
+
+
+@functools.cache
+def _log_choice(device: str, backend: str) -> None:
+    logger.info("linear_cross_entropy on %s: %s", device, backend)
 
 
 def _reference(
@@ -87,7 +131,8 @@ def _reference(
     loss = F.cross_entropy(logits_KV, target_K, reduction="sum", label_smoothing=label_smoothing) / count
     if z_loss:
         loss = loss + z_loss * logits_KV.logsumexp(-1).square().sum() / count
-    accuracy = (logits_KV.detach().argmax(-1) == target_K).sum() / count
+    picked_K = logits_KV.detach().gather(1, target_K[:, None]).squeeze(1)
+    accuracy = (picked_K >= logits_KV.detach().amax(-1)).sum() / count
     return loss, accuracy
 
 
@@ -100,60 +145,84 @@ def _chunked(
     label_smoothing: float,
     z_loss: float,
     memory_budget: int,
+    triton: bool,
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, accuracy, kept rows, gradients of the summed loss by hidden and by weight, or empty), all fp32."""
+    """(loss, accuracy, divisor of the gradients, gradients by hidden and by weight times it, or empty), all fp32."""
     kept = (target_N != ignore_index).nonzero().squeeze(1)
     grad_ND = hidden_ND.new_zeros(hidden_ND.shape if needs_hidden else 0, dtype=torch.float32)
     grad_VD = weight_VD.new_zeros(weight_VD.shape if needs_weight else 0, dtype=torch.float32)
-    loss, hits = hidden_ND.new_zeros((), dtype=torch.float32), target_N.new_zeros(())
-    # Half precision holds a logit three times: as multiplied, in fp32, and its gradient as multiplied.
-    logit_bytes = 4 if hidden_ND.dtype == torch.float32 else 8
-    rows = max(1, memory_budget // (len(weight_VD) * logit_bytes))
+    loss, hits = hidden_ND.new_zeros(2, dtype=torch.float32).unbind()
+    scale = FP16_SCALE if hidden_ND.dtype == torch.float16 else 1.0
+    options = (label_smoothing, z_loss, scale, needs_hidden or needs_weight)
+    buffer = _logits_buffer(hidden_ND, len(weight_VD), len(kept), memory_budget, triton)
     with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
-        for kept_R in kept.split(rows):
-            hidden_RD, target_R = hidden_ND[kept_R], target_N[kept_R]
-            x_RV = F.linear(hidden_RD, weight_VD).float()
-            hits += (x_RV.argmax(-1) == target_R).sum()
-            loss += _loss_to_gradient_(x_RV, target_R, label_smoothing, z_loss)
-            grad_RV = x_RV.to(weight_VD.dtype) if x_RV.is_cuda else x_RV
+        for kept_R in kept.split(len(buffer)):
+            hidden_RD, x_RV = hidden_ND[kept_R], buffer[: len(kept_R), : len(weight_VD)]
+            torch.mm(hidden_RD, weight_VD.T, out=x_RV)
+            loss_R, hit_R = _loss_to_gradient_(triton)(x_RV, target_N[kept_R], *options)
+            loss += loss_R.sum()
+            hits += hit_R.sum()
             if needs_hidden:
-                grad_ND[kept_R] = _add_product_(torch.zeros_like(hidden_RD, dtype=torch.float32), grad_RV, weight_VD)
+                grad_ND[kept_R] = _add_product_(torch.zeros_like(hidden_RD, dtype=torch.float32), x_RV, weight_VD)
             if needs_weight:
-                _add_product_(grad_VD, grad_RV.T, hidden_RD)
-    count = torch.full_like(loss, max(kept.numel(), 1))
-    return loss / count, hits / count, count, grad_ND, grad_VD
+                _add_product_(grad_VD, x_RV.T, hidden_RD)
+    count = max(kept.numel(), 1)
+    return loss / count, hits / count, torch.full_like(loss, count * scale), grad_ND, grad_VD
 
 
-def _loss_to_gradient_(x_RV: Tensor, target_R: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
-    """Summed loss of the rows; overwrites their fp32 logits `x_RV` with its gradient, of order 1 a row."""
-    target_R1 = target_R[:, None]
-    top_R1 = x_RV.amax(-1, keepdim=True)
-    picked_R1 = x_RV.gather(1, target_R1)
+def _logits_buffer(hidden_ND: Tensor, V: int, kept: int, memory_budget: int, triton: bool) -> Tensor:
+    """Uninitialised [R, V or some more]: as many rows as the budget holds, at most the kept ones and at least one."""
+    width = -(-V // ALIGNMENT) * ALIGNMENT
+    # In half precision PyTorch's operators want logits in fp32 beside them, and write each new value elsewhere.
+    logit_bytes = 8 if hidden_ND.dtype != torch.float32 and not triton else hidden_ND.element_size()
+    rows = min(memory_budget // (width * logit_bytes), kept)
+    return hidden_ND.new_empty(max(rows, 1), width)
+
+
+def _loss_to_gradient_(triton: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    if not triton:
+        return _loss_to_gradient_in_torch_
+    from mug.kernels import linear_cross_entropy_triton as kernels
+
+    return kernels.loss_to_gradient_
+
+
+def _loss_to_gradient_in_torch_(
+    logits_RV: Tensor, target_R: Tensor, label_smoothing: float, z_loss: float, scale: float, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """As the Triton kernel: (loss, hit) of each row, and the logits become scale times their gradient."""
+    x_RV, target_R1 = logits_RV.float(), target_R[:, None]
+    top_R1, picked_R1 = x_RV.amax(-1, keepdim=True), x_RV.gather(1, target_R1)
     mean_R1 = x_RV.mean(-1, keepdim=True) if label_smoothing else 0.0
     sum_R1 = x_RV.sub_(top_R1).exp_().sum(-1, keepdim=True)
     lse_R1 = top_R1 + sum_R1.log()
     loss_R1 = lse_R1 - (1 - label_smoothing) * picked_R1 - label_smoothing * mean_R1 + z_loss * lse_R1.square()
-    x_RV.mul_((1 + 2 * z_loss * lse_R1) / sum_R1)
-    if label_smoothing:
-        x_RV.sub_(label_smoothing / x_RV.shape[1])
-    x_RV.scatter_add_(1, target_R1, torch.full_like(picked_R1, label_smoothing - 1))
-    return loss_R1.sum()
+    if gradient:
+        x_RV.mul_(scale * (1 + 2 * z_loss * lse_R1) / sum_R1)
+        if label_smoothing:
+            x_RV.sub_(scale * label_smoothing / x_RV.shape[1])
+        x_RV.scatter_add_(1, target_R1, torch.full_like(picked_R1, scale * (label_smoothing - 1)))
+        logits_RV.copy_(x_RV)
+    return loss_R1.squeeze(1), (picked_R1 >= top_R1).squeeze(1)
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total += a @ b in fp32; the factors stay in half precision where `a` is, so on CUDA."""
-    if a.dtype == torch.float32:
-        return total.addmm_(a, b.float())
-    return total.add_(torch.mm(a, b, out_dtype=torch.float32))
+    """total += a @ b in fp32; on CUDA the factors stay in half precision."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return total.add_(torch.mm(a, b, out_dtype=torch.float32))
+    return total.addmm_(a.float(), b.float())
 
 
 @_chunked.register_fake
-def _(hidden_ND, weight_VD, target_N, ignore_index, label_smoothing, z_loss, budget, needs_hidden, needs_weight):
-    loss, accuracy, count = (hidden_ND.new_empty((), dtype=torch.float32) for _ in range(3))
+def _(
+    hidden_ND, weight_VD, target_N, ignore_index, label_smoothing, z_loss, budget, triton, needs_hidden, needs_weight
+):
+    loss, accuracy, divisor = (hidden_ND.new_empty((), dtype=torch.float32) for _ in range(3))
     grad_ND = hidden_ND.new_empty(hidden_ND.shape if needs_hidden else 0, dtype=loss.dtype)
-    return loss, accuracy, count, grad_ND, weight_VD.new_empty(weight_VD.shape if needs_weight else 0, dtype=loss.dtype)
+    grad_VD = weight_VD.new_empty(weight_VD.shape if needs_weight else 0, dtype=loss.dtype)
+    return loss, accuracy, divisor, grad_ND, grad_VD
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
@@ -165,13 +234,13 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_output: Tensor | None, *_) -> tuple[Tensor | None, ...]:
-    count, grad_ND, grad_VD = ctx.saved_tensors
+    divisor, grad_ND, grad_VD = ctx.saved_tensors
     needs_hidden, needs_weight, *_ = ctx.needs_input_grad
     if grad_output is None:
-        return (None,) * 9
-    scale = grad_output / count
+        return (None,) * 10
+    scale = grad_output / divisor
     grad_hidden = (grad_ND * scale).to(ctx.dtype) if needs_hidden else None
-    return grad_hidden, (grad_VD * scale).to(ctx.dtype) if needs_weight else None, *(None,) * 7
+    return grad_hidden, (grad_VD * scale).to(ctx.dtype) if needs_weight else None, *(None,) * 8
 
 
 _chunked.register_autograd(_backward, setup_context=_save_for_backward)

@@ -16,12 +16,12 @@ MASKED_PERCENT = 15  # BERT, arXiv 1810.04805, section 3.1: of these 80% become 
 
 
 class CaptionTask(NamedTuple):
-    """inputs, targets: int64 [B, T], PAD where there is nothing to predict; lengths_B for `causal=False`."""
+    """inputs, targets: int64 [B, T], PAD where there is nothing to predict; lengths_B: int64 [B], tokens but PAD."""
 
     inputs: Tensor
     targets: Tensor
     causal: bool
-    lengths_B: Tensor | None
+    lengths_B: Tensor
 
 
 Captioning = Callable[[Tensor, Tensor, Vocabulary, int], CaptionTask]
@@ -30,7 +30,11 @@ Captioning = Callable[[Tensor, Tensor, Vocabulary, int], CaptionTask]
 def autoregressive(tokens_BT: Tensor, position_B: Tensor, vocabulary: Vocabulary, seed: int) -> CaptionTask:
     """Each token predicts the next one; the last has no target, which keeps T whole for the kernels."""
     targets_BT = torch.nn.functional.pad(tokens_BT[:, 1:], (0, 1), value=vocabulary.pad)
-    return CaptionTask(tokens_BT, targets_BT, causal=True, lengths_B=None)
+    return CaptionTask(tokens_BT, targets_BT, causal=True, lengths_B=_lengths(tokens_BT, vocabulary))
+
+
+def _lengths(tokens_BT: Tensor, vocabulary: Vocabulary) -> Tensor:
+    return (tokens_BT != vocabulary.pad).sum(1)
 
 
 def masked_language(tokens_BT: Tensor, position_B: Tensor, vocabulary: Vocabulary, seed: int) -> CaptionTask:
@@ -48,7 +52,7 @@ def masked_language(tokens_BT: Tensor, position_B: Tensor, vocabulary: Vocabular
     inputs_BT = torch.where(chosen_BT & (tenth_BT < 8), vocabulary.mask, tokens_BT)
     inputs_BT = torch.where(chosen_BT & (tenth_BT == 8), random_word_BT, inputs_BT)
     targets_BT = tokens_BT.masked_fill(~chosen_BT, vocabulary.pad)
-    return CaptionTask(inputs_BT, targets_BT, causal=False, lengths_B=(tokens_BT != vocabulary.pad).sum(1))
+    return CaptionTask(inputs_BT, targets_BT, causal=False, lengths_B=_lengths(tokens_BT, vocabulary))
 
 
 FUNCTIONS: dict[str, Captioning] = {"autoregressive": autoregressive, "masked-language": masked_language}

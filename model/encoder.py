@@ -69,14 +69,18 @@ class Encoder(nn.Module):
         Raises:
             ValueError: an image of another size than the model's.
         """
+        x = self.embed(image_BCHW, visible_BK)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def embed(self, image_BCHW: Tensor, visible_BK: Tensor | None = None) -> Tensor:
+        """[B, 1 + K, D], what goes into the first block; arguments as of `forward`."""
         self._check(image_BCHW)
         x = self.patch_embed(image_BCHW, visible_BK)  # [B, K, D]
         positions = self.positions_ND if visible_BK is None else self.positions_ND[visible_BK]
         x = x + positions
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # [B, 1 + K, D]
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
 
     def _check(self, image_BCHW: Tensor) -> None:
         side = self.patch_embed.patch_size * round(len(self.positions_ND) ** 0.5)

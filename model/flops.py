@@ -1,24 +1,36 @@
 """Floating-point operations of one sample, counted from the configuration.
 
 Convention: 1 multiply-add = 2 FLOP, backward = 2 x forward, causal attention counted as half; norms, softmax and
-element-wise work are left out. Every text token counts, padding included, as in published figures.
+element-wise work are left out.
 """
 
 from mug.model.presets import ModelConfig
 
 
-def flops_per_sample(config: ModelConfig, vocabulary_size: int) -> dict[str, float]:
-    """FLOP of forward and backward, by stage: encoder, pixel_decoder, text_decoder, caption_head."""
+def flops_per_sample(config: ModelConfig, vocabulary_size: int, text_tokens: float | None = None) -> dict[str, float]:
+    """FLOP of forward and backward, by stage: encoder, pixel_decoder, text_decoder, caption_head.
+
+    Args:
+        text_tokens: of a caption, as padding costs nothing; None: a caption that fills the model's text length, as
+            in published figures.
+    """
+    text_tokens = config.text_length if text_tokens is None else text_tokens
     multiply_adds = {
         "encoder": _encoder(config),
         "pixel_decoder": _pixel_decoder(config),
-        "text_decoder": _text_decoder(config),
-        "caption_head": config.text_length * config.text_width * vocabulary_size,
+        "text_decoder": _text_decoder(config, text_tokens),
+        "caption_head": text_tokens * config.text_width * vocabulary_size,
     }
     return {stage: 3 * 2 * count for stage, count in multiply_adds.items()}
 
 
-def _block(tokens: int, width: int, causal: bool = False) -> float:
+def classifier_flops(config: ModelConfig, classes: int) -> float:
+    """FLOP of forward and backward of the encoder on a whole image, and a linear layer on its features."""
+    blocks = config.depth * _block(1 + config.patches, config.width)
+    return 3 * 2 * (config.patches * config.patch_values * config.width + blocks + config.width * classes)
+
+
+def _block(tokens: float, width: int, causal: bool = False) -> float:
     """Multiply-adds of qkv, proj and an MLP of 4 x width (12 width²), and of attention's two products."""
     return 12 * width**2 * tokens + 2 * tokens**2 * width * (0.5 if causal else 1)
 
@@ -34,8 +46,8 @@ def _pixel_decoder(config: ModelConfig) -> float:
     return embed + predict + config.pixel_depth * _block(1 + config.patches, config.pixel_width)
 
 
-def _text_decoder(config: ModelConfig) -> float:
-    T, D, L = config.text_length, config.text_width, 1 + config.visible
+def _text_decoder(config: ModelConfig, T: float) -> float:
+    D, L = config.text_width, 1 + config.visible
     causal = config.captioning == "autoregressive"
     layers = config.text_unimodal_layers + config.text_cross_layers
     cross = 2 * D**2 * T + 2 * L * config.width * D + 2 * T * L * D  # q and proj, k and v, two products

@@ -35,7 +35,7 @@ def random_bits(seed: int, purpose: int, position_B: Tensor, count: int) -> Tens
     return _shift_right(_mix(row_B[:, None] + index_N), 1)
 
 
-MASK, WORDS, WORD_KIND = range(3)  # purposes
+MASK, WORDS, WORD_KIND, DROP_PATH, DROP_CHANNEL = range(5)  # purposes
 
 
 def random_masking(seed: int, position_B: Tensor, patches: int, visible: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,12 @@
 """The text decoder: uni-modal layers, then layers that cross-attend to the encoder's output (CoCa's shape).
 
-Dimension letters: B batch, T tokens, L encoded image tokens, D width, H heads, V vocabulary.
+Padding costs nothing: captions are packed end to end before the first layer and unpacked after the last one.
+
+Dimension letters: B batch, T tokens, L encoded image tokens, R tokens of all captions packed, D width, H heads,
+V vocabulary. x stands for [B, T, D], or packed [R, D].
 """
+
+from typing import NamedTuple
 
 import torch
 from timm.layers import Mlp
@@ -15,6 +20,31 @@ from mug.model.vit import LayerNorm
 Cache = dict[str, Tensor]  # keys and values of one layer, [B, tokens so far, H, D/H]
 
 
+class Packing(NamedTuple):
+    """Captions laid end to end without their padding.
+
+    Args:
+        row_R: int64 [R], the place of each packed token among the B·T.
+        starts: int32 [B + 1], where each caption begins, and at last R.
+        memory_starts: int32 [B + 1], the same of the image tokens.
+        longest: no caption, and no image, has more tokens.
+    """
+
+    row_R: Tensor
+    starts: Tensor
+    memory_starts: Tensor
+    longest: int
+
+
+def pack(lengths_B: Tensor, T: int, L: int) -> Packing:
+    """How captions of these lengths lie end to end, beside images of L tokens each; the host waits for R."""
+    lengths_B = lengths_B.clamp(min=1)  # of a sample without caption too, so that no call is ever empty
+    row_R = (torch.arange(T, device=lengths_B.device) < lengths_B[:, None]).flatten().nonzero().squeeze(1)
+    starts = nn.functional.pad(lengths_B.cumsum(0), (1, 0)).int()
+    memory_starts = L * torch.arange(len(lengths_B) + 1, device=lengths_B.device, dtype=torch.int32)
+    return Packing(row_R, starts, memory_starts, max(T, L))
+
+
 class TextSelfAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -22,14 +52,17 @@ class TextSelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BTD: Tensor, causal: bool, lengths_B: Tensor | None, cache: Cache | None) -> Tensor:
-        B, T, _ = x_BTD.shape
-        q, k, v = self.qkv(x_BTD).view(B, T, 3, self.heads, -1).unbind(2)  # [B, T, H, D/H]
+    def forward(self, x: Tensor, causal: bool, packing: Packing | None, cache: Cache | None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # [B, T, H, D/H] or [R, H, D/H]
+        sequences = {}
+        if packing is not None:
+            starts = packing.starts
+            sequences = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen": packing.longest}
         if cache is not None:  # T is 1: the new token sees all tokens so far
             k = cache["k"] = torch.cat([cache["k"], k], dim=1) if "k" in cache else k
             v = cache["v"] = torch.cat([cache["v"], v], dim=1) if "v" in cache else v
             causal = False
-        return self.proj(attention(q, k, v, causal=causal, kv_lengths=lengths_B).reshape(B, T, -1))
+        return self.proj(attention(q, k, v, causal=causal, **sequences).flatten(-2))
 
 
 class CrossAttention(nn.Module):
@@ -40,16 +73,19 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(memory_width, 2 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BTD: Tensor, memory_BLD: Tensor, cache: Cache | None) -> Tensor:
-        B, T, _ = x_BTD.shape
-        q = self.q(x_BTD).view(B, T, self.heads, -1)
+    def forward(self, x: Tensor, memory_BLD: Tensor, packing: Packing | None, cache: Cache | None) -> Tensor:
+        q = self.q(x).unflatten(-1, (self.heads, -1))
         if cache is not None and "memory_k" in cache:
             k, v = cache["memory_k"], cache["memory_v"]
         else:
-            k, v = self.kv(memory_BLD).view(B, memory_BLD.shape[1], 2, self.heads, -1).unbind(2)
+            k, v = self.kv(memory_BLD).unflatten(-1, (2, self.heads, -1)).unbind(2)
         if cache is not None:
             cache["memory_k"], cache["memory_v"] = k, v
-        return self.proj(attention(q, k, v).reshape(B, T, -1))
+        if packing is None:
+            return self.proj(attention(q, k, v).flatten(-2))
+        starts = {"cu_seqlens_q": packing.starts, "cu_seqlens_k": packing.memory_starts}
+        out = attention(q, k.flatten(0, 1), v.flatten(0, 1), max_seqlen=packing.longest, **starts)
+        return self.proj(out.flatten(-2))
 
 
 class TextBlock(nn.Module):
@@ -68,15 +104,15 @@ class TextBlock(nn.Module):
 
     def forward(
         self,
-        x_BTD: Tensor,
+        x: Tensor,
         memory_BLD: Tensor,
         causal: bool,
-        lengths_B: Tensor | None = None,
+        packing: Packing | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        x = x_BTD + self.attn(self.norm1(x_BTD), causal, lengths_B, cache)
+        x = x + self.attn(self.norm1(x), causal, packing, cache)
         if self.cross:
-            x = x + self.cross_attn(self.norm_cross(x), memory_BLD, cache)
+            x = x + self.cross_attn(self.norm_cross(x), memory_BLD, packing, cache)
         return x + self.mlp(self.norm2(x))
 
 
@@ -126,7 +162,8 @@ class TextDecoder(nn.Module):
             tokens_BT: int64 [B, T]; with `caches`, the one newest token, [B, 1].
             memory_BLD: [B, L, encoder width], the encoder's output.
             causal: token t sees tokens 0..t alone.
-            lengths_B: int [B], tokens from there on are padding (needed where `causal` is off).
+            lengths_B: int [B], tokens from there on are padding: no layer sees them, and their output is 0, except
+                of the first one. None: all T tokens count.
             caches: one dict a layer, filled and grown here.
 
         Returns:
@@ -135,11 +172,18 @@ class TextDecoder(nn.Module):
         Raises:
             ValueError: more tokens than the model's text length.
         """
+        (B, T), L = tokens_BT.shape, memory_BLD.shape[1]
         start = caches[0]["k"].shape[1] if caches and "k" in caches[0] else 0
-        if start + tokens_BT.shape[1] > len(self.position_embed):
-            raise ValueError(f"{start + tokens_BT.shape[1]} tokens, the model takes {len(self.position_embed)}")
-        positions_TD = self.position_embed[start : start + tokens_BT.shape[1]]
-        x = self.embed(tokens_BT) + positions_TD  # [B, T, D]
+        if start + T > len(self.position_embed):
+            raise ValueError(f"{start + T} tokens, the model takes {len(self.position_embed)}")
+        packing, tokens, positions = None, tokens_BT, self.position_embed[start : start + T]
+        if lengths_B is not None:
+            packing = pack(lengths_B, T, L)
+            tokens, positions = tokens_BT.flatten()[packing.row_R], positions[packing.row_R % T]
+        x = self.embed(tokens) + positions
         for layer, block in enumerate(self.blocks):
-            x = block(x, memory_BLD, causal, lengths_B, None if caches is None else caches[layer])
-        return self.norm(x)
+            x = block(x, memory_BLD, causal, packing, None if caches is None else caches[layer])
+        x = self.norm(x)
+        if packing is None:
+            return x
+        return x.new_zeros(B * T, x.shape[-1]).index_copy(0, packing.row_R, x).view(B, T, -1)

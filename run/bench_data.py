@@ -75,12 +75,12 @@ def soak_rows(options: Namespace) -> list[dict]:
     share = Share(global_batch=32, micro_batch=32, rank=0, world=1)
     stream = open_train(DataConfig(workers=options.workers), 0, image_size=64, text_length=24, share=share)
     rows = [
-        {"step": step, "images_per_s": rate, "MiB": memory, "open files": files}
+        {"step": step, "images/s": rate, "MiB": memory, "open files": files}
         for step, rate, memory, files in soak.figures(stream, options.soak)
     ]
     warm, last = rows[len(rows) // 4], rows[-1]
     growth = {name: last[name] - warm[name] for name in ("MiB", "open files")}
-    return [*rows, {"step": f"since {warm['step']}", "images_per_s": None, **growth}]
+    return [*rows, {"step": f"since {warm['step']}", "images/s": None, **growth}]
 
 
 def show(console: Console, title: str, rows: list[dict]) -> None:

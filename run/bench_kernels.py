@@ -3,16 +3,16 @@
 
     python run/bench_kernels.py --json kernels.jsonl --png kernels.png
     python run/bench_kernels.py --op attention --device cpu
+    python run/bench_kernels.py --op attention --write-table
     python run/bench_kernels.py --op model_step --preset base --batch 32 --steps 3
 
-The first two measure a large copy and a large matrix product, then each kernel's share of what these allow, and end
-with status 1 if a kernel of ours computes something else than the reference. On a GPU the shapes are those of
+The first three measure a large copy and a large matrix product, then each kernel's share of what these allow, and end
+with status 1 if a kernel of ours computes something else than the reference; --write-table makes the fastest backends
+what attention takes on such a GPU from then on. On a GPU the shapes are those of
 training at 224 px in bf16, on a CPU small ones in fp32. The last compares training steps of the model with and
 without the fused losses, in memory and time. docs/benchmarks.md says what is measured how.
 """
 
-import datetime
-import importlib.metadata
 import json
 import os
 import sys
@@ -22,6 +22,7 @@ import torch
 from jsonargparse import Namespace
 from rich.console import Console as RichConsole
 
+from mug.kernels import attention, attention_table
 from mug.model.presets import PRESETS
 from mug.run.benchmarks import kernel_report
 from mug.run.benchmarks.kernel_ops import OPS, SIZES
@@ -32,6 +33,7 @@ from mug.run.benchmarks.kernel_timing import (
     Workload,
     exact_results,
     is_right,
+    machine_row,
     measure_ceilings,
     peak_memory,
     relative_error,
@@ -66,6 +68,9 @@ def parse() -> Namespace:
     parser.add_argument("--seconds", type=float, default=0.1, help="about how long one timing takes; 5 runs at least")
     parser.add_argument("--json", type=str, help="write all figures to this file, a JSON object a line")
     parser.add_argument("--png", type=str, help="draw the shares of the roofline into this file")
+    parser.add_argument(
+        "--write-table", action="store_true", help="attention's: kernels/attention_table.json, on a GPU"
+    )
     parser.add_argument("--preset", default="base", help=f"of model_step: {', '.join(PRESETS)}")
     parser.add_argument("--batch", type=int, default=32, help="of model_step: samples of a step")
     parser.add_argument("--steps", type=int, default=3, help="of model_step: timed steps of each side")
@@ -79,6 +84,8 @@ def parse() -> Namespace:
         raise RunError("--device cuda: PyTorch sees no GPU here; --device cpu compares the references")
     if os.environ.get("TRITON_INTERPRET") == "1" and options.op != ["model_step"]:
         raise RunError("TRITON_INTERPRET=1 is set: unset it, as the speed of Triton's interpreter says nothing")
+    if options.write_table and (options.device != "cuda" or "attention" not in options.op):
+        raise RunError("--write-table needs --op attention on a GPU: a CPU always takes PyTorch's sdpa")
     for name in ("batch", "steps"):
         if getattr(options, name) < 1:
             raise RunError(f"--{name} must be at least 1, not {getattr(options, name)}")
@@ -98,32 +105,15 @@ def bench_kernels(options: Namespace, console: Console) -> tuple[list[Row], list
     for op in options.op:
         rows_of_op = [row for workload in OPS[op](device) for row in measure(workload, stopwatch, ceilings)]
         paper.print(kernel_report.table(op, rows_of_op))
-        for row in rows_of_op:
-            if row["kind"] == "skipped":
-                console.say(f"skipped: {row['shape']} {row['contender']}: {row['reason']}")
+        for line in kernel_report.skipped(rows_of_op):
+            console.say(line)
         rows += rows_of_op
     if options.png:
         kernel_report.picture(rows, machine, Path(options.png))
+    if options.write_table:
+        write_attention_table(rows, machine)
     console.say(kernel_report.summary(rows))
     return [machine, *({**row, "device": machine["device"]} for row in rows)], kernel_report.faults(rows)
-
-
-def machine_row(device: torch.device, dtype: torch.dtype, ceilings: Ceilings) -> Row:
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = None
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-    return {
-        "kind": "machine",
-        "device": name,
-        "torch": torch.__version__,
-        "triton": triton,
-        "date": datetime.date.today().isoformat(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "copy_gbytes_per_s": ceilings.copy / 1e9,
-        "matmul_tflops": ceilings.matmul / 1e12,
-    }
 
 
 def measure(workload: Workload, stopwatch: Stopwatch, ceilings: Ceilings) -> list[Row]:
@@ -131,7 +121,7 @@ def measure(workload: Workload, stopwatch: Stopwatch, ceilings: Ceilings) -> lis
     exact = exact_results(workload)
     rows: list[Row] = []
     for contender, function in workload.contenders.items():
-        row = {"op": workload.op, "shape": workload.shape, "contender": contender}
+        row = {"op": workload.op, "shape": workload.shape, "contender": contender, **workload.kind}
         try:
             error = relative_error(results(function, workload.inputs), exact)
             row |= {"error": error, "right": is_right(error, workload)}
@@ -150,6 +140,19 @@ def measure(workload: Workload, stopwatch: Stopwatch, ceilings: Ceilings) -> lis
             peak_mb = None if peak is None else peak / 1e6
             rows.append({"kind": "time", **row, "pass": name, **figures, "peak_mb": peak_mb})
     return rows
+
+
+def write_attention_table(rows: list[Row], machine: Row) -> None:
+    """What `rows` say is fastest among right backends, into the table from which "auto" chooses."""
+    right = [row for row in rows if row["kind"] == "time" and row["op"] == "attention" and row["right"]]
+    architecture = attention_table.architecture(torch.device("cuda"))
+    timings = [
+        {**row, "backend": row["contender"], "architecture": architecture, "milliseconds": row["median_ms"]}
+        for row in right
+        if row["contender"] in attention.BACKENDS
+    ]
+    measured = {name: machine[name] for name in ("device", "torch", "triton", "date", "dtype")}
+    attention_table.write_table(timings, measured | {"command": "run/bench_kernels.py --write-table"})
 
 
 def bench_model_step(options: Namespace, console: Console) -> tuple[list[Row], list[str]]:

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from jsonargparse import Namespace
 
-from mug.data.stream import Batch
-from mug.model.mug import MUG
+from mug.model.mug import MUG, Batch
 from mug.model.presets import PRESETS, ModelConfig, Vocabulary, resolve
+from mug.run.benchmarks.synthetic import WEIGHTS, synthetic_batch
 from mug.run.pretrain import train_step
 from mug.run.training import hardware
 from mug.run.training.command_line import Parser
@@ -29,7 +29,6 @@ from mug.run.training.errors import RunError
 from mug.run.training.recipe import TrainerConfig
 
 VOCABULARY = {"tiny": 2000}  # of the embedded default; BERT's for the others
-WEIGHTS = {"pixels": 1.0, "caption": 0.1}
 
 
 def main(console: Console) -> None:
@@ -44,7 +43,8 @@ def main(console: Console) -> None:
     vocabulary = Vocabulary(VOCABULARY.get(options.preset, 30522), pad=0, bos=1, eos=2, mask=3)
     batch = synthetic_batch(config, vocabulary, options.batch)
     bare = bare_loop(MUG(config, vocabulary), trainer, batch)
-    engine = build_engine(MUG(config, vocabulary), ds_config, trainer)
+    model = MUG(config, vocabulary)
+    engine = build_engine(model, ds_config, trainer)
     times = take_turns({"bare": bare, "trainer": lambda: train_step(engine, [batch], WEIGHTS)}, options.steps)
     median = {name: statistics.median(values) for name, values in times.items()}
     console.say(
@@ -64,18 +64,6 @@ def parse() -> Namespace:
     if options.steps < 1:
         raise RunError(f"--steps must be at least 1, not {options.steps}")
     return options
-
-
-def synthetic_batch(config: ModelConfig, vocabulary: Vocabulary, size: int) -> Batch:
-    """Random pixels, and captions that fill half of the text."""
-    generator = torch.Generator().manual_seed(0)
-    side, length = config.image_size, config.text_length
-    tokens = torch.randint(4, vocabulary.size, (size, length), generator=generator)
-    tokens[:, 0] = vocabulary.bos
-    tokens[:, length // 2] = vocabulary.eos
-    tokens[:, length // 2 + 1 :] = vocabulary.pad
-    image = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
-    return {"image": image, "tokens": tokens, "position": torch.arange(size)}
 
 
 def bare_loop(model: MUG, trainer: TrainerConfig, batch: Batch) -> Callable[[], None]:

@@ -5,23 +5,19 @@ python run/generate.py runs/openmoji_tiny                      # held-out pairs 
 python run/generate.py runs/openmoji_tiny photo.jpg shard.tar --beams 4 --out seen
 """
 
-import base64
 import html
-import io
 from pathlib import Path
 
 import numpy as np
 import torch
 from jsonargparse import Namespace
-from PIL import Image
 
-from mug.data.captions import choose
 from mug.data.config import DataConfig
 from mug.data.crops import CentralSquare
 from mug.data.decode import decode_crop
 from mug.data.errors import DataError
-from mug.data.openmoji import ensure_openmoji
-from mug.data.reader import Reader
+from mug.run.evaluation.pairs import held_out_openmoji, read_pairs
+from mug.run.reporting.page import data_url, html_page
 from mug.run.training.checkpoint import Checkpoint
 from mug.run.training.command_line import Parser
 from mug.run.training.console import Console, run_command
@@ -81,27 +77,26 @@ def read_inputs(options: Namespace, size: int) -> tuple[list[np.ndarray], list[s
         DataError: a file cannot be decoded; it is named.
     """
     config = DataConfig(cache=options.cache)
-    names = options.inputs or [f"{ensure_openmoji(config.cache_folder())}/held_out-*.tar"]
-    images, true = [], []
-    for name in names:
+    pairs: list[tuple[np.ndarray, str]] = []
+    for name in options.inputs or [held_out_openmoji(config)]:
         path = Path(name)
         if options.inputs and not path.is_file():
             raise RunError(f"{path}: no such file; name images or shards")
-        pairs = [(path.read_bytes(), "")] if path.suffix in IMAGES else read_shards(name, config, options.limit)
-        for data, caption in pairs:
-            try:
-                images.append(decode_crop(data, size, CentralSquare()))
-            except DataError as error:
-                raise DataError(f"{path}: {error}") from error
-            true.append(caption)
-    return images[: options.limit], true[: options.limit]
+        if path.suffix in IMAGES:
+            pairs.append((read_image(path, size), ""))
+        else:
+            found = read_pairs(name, config, size, options.limit)
+            pairs += [(pair.image, next(iter(pair.captions), "")) for pair in found]
+    images, true = zip(*pairs[: options.limit], strict=True)
+    return list(images), list(true)
 
 
-def read_shards(patterns: str, config: DataConfig, limit: int) -> list[tuple[bytes, str]]:
-    """Images and captions of at most `limit` pairs, spread evenly over the shards."""
-    reader = Reader.open(patterns, config)
-    files = [reader.read(*place) for place in reader.spread(limit)]
-    return [(image, choose(text, meta, ("en",), 0.0)) for image, text, meta in files]
+def read_image(path: Path, size: int) -> np.ndarray:
+    """The central square of an image file, uint8 [3, size, size]."""
+    try:
+        return decode_crop(path.read_bytes(), size, CentralSquare())
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def held_out_figures(found: Checkpoint) -> list[str]:
@@ -116,15 +111,6 @@ def held_out_figures(found: Checkpoint) -> list[str]:
     ]
 
 
-STYLE = """
-body { font: 16px system-ui, sans-serif; margin: 1.5rem auto; max-width: 62rem; padding: 0 1rem; color: #222 }
-article { display: flex; flex-wrap: wrap; gap: .6rem 1rem; padding: .9rem 0; border-top: 1px solid #ddd }
-article > div { display: flex; gap: .6rem } figure { margin: 0; flex: 0 1 8rem; min-width: 0 }
-img { width: 100%; display: block; border: 1px solid #eee }
-figcaption, dt { color: #666; font-size: .8rem } dl { margin: 0; flex: 1 1 14rem } dd { margin: 0 0 .5rem }
-"""
-
-
 def page(samples: list[Sample], facts: list[str], normalized: bool) -> str:
     """One HTML page that needs no other file and no network."""
     source = ". ".join(facts)
@@ -135,18 +121,16 @@ def page(samples: list[Sample], facts: list[str], normalized: bool) -> str:
         else "Painted patches are shown as predicted."
     )
     articles = "".join(_article(sample) for sample in samples)
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>MUG: {html.escape(facts[0])}</title><style>{STYLE}</style>"
+    return html_page(
+        f"MUG: {facts[0]}",
         f"<h1>What MUG sees</h1><p>{html.escape(source)}. The encoder sees the patches that are not grey, and paints"
-        f" the others; captions are written from the whole image. {note}</p>{articles}</html>"
+        f" the others; captions are written from the whole image. {note}</p>{articles}",
     )
 
 
 def _article(sample: Sample) -> str:
     figures = "".join(
-        f'<figure><img alt="{name}" src="{_data_url(image)}"><figcaption>{name}</figcaption></figure>'
+        f'<figure><img alt="{name}" src="{data_url(image)}"><figcaption>{name}</figcaption></figure>'
         for name, image in zip(COLUMNS, sample.images(), strict=True)
     )
     captions = "".join(
@@ -154,12 +138,6 @@ def _article(sample: Sample) -> str:
         for author, text in sample.captions.items()
     )
     return f"<article><div>{figures}</div><dl>{captions}</dl></article>"
-
-
-def _data_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 if __name__ == "__main__":

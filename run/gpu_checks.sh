@@ -1,8 +1,9 @@
 #!/bin/bash
-# All GPU tests and kernel benchmarks on a bare machine, within 9 minutes and without a network; one table at the end.
+# All GPU tests and benchmarks on a bare machine, within 9 minutes and without a network; one table at the end.
 # usage: run/gpu_checks.sh [OUT]
 # Needs Python with PyTorch, Triton, timm and pytest; what else it lacks is taken from wheels/*.whl, and nothing is
-# installed outside OUT (runs/gpu_checks), where logs, figures and a picture go. PYTHON names another interpreter.
+# installed outside OUT (runs/gpu_checks), where logs, figures and a picture go, and benchmarks.md for
+# docs/benchmarks.md. Rewrites kernels/attention_table.json by what it measures. PYTHON names another interpreter.
 # Exit status: 0, 1 if a part failed, 2 if there is no GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -30,15 +31,21 @@ part() {
 }
 
 if compgen -G "wheels/*.whl" >/dev/null; then
-  part wheels 40 "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$out/site" wheels/*.whl
+  part wheels 25 "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$out/site" wheels/*.whl
 fi
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   echo "gpu_checks.sh: $python finds no GPU (or no PyTorch) on this machine: nothing was checked" >&2
   exit 2
 fi
-part tests 180 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/kernels tests/model
-part kernels 190 "$python" run/bench_kernels.py --json "$out/kernels.jsonl" --png "$out/kernels.png"
-part model 115 "$python" run/bench_kernels.py --op model_step --preset base --batch 64 --steps 50 --json "$out/model.jsonl"
+# Most of the tests' time goes into compiling kernels, which several processes share.
+workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n $(($(nproc) < 12 ? $(nproc) : 12))")
+part tests 150 "$python" -m pytest -q -m gpu -p no:cacheprovider $workers tests/kernels tests/model
+part kernels 175 "$python" run/bench_kernels.py --seconds 0.05 --write-table --json "$out/kernels.jsonl" --png "$out/kernels.png"
+part losses 70 "$python" run/bench_kernels.py --op model_step --preset base --batch 64 --steps 50 --json "$out/losses.jsonl"
+part speed 60 "$python" run/bench_model.py --json "$out/speed.jsonl"
+part compiled 55 "$python" run/bench_model.py --preset base --compile --json "$out/compiled.jsonl"
+cp kernels/attention_table.json "$out/"
+"$python" -m mug.run.benchmarks.markdown $(ls "$out"/*.jsonl 2>/dev/null) >"$out/benchmarks.md" || failed=1
 
 echo
 printf '%s\n' "${table[@]}"

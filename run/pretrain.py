@@ -17,7 +17,6 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import nullcontext
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -28,19 +27,27 @@ import torch.distributed as dist
 
 from mug.data.ledger import Ledger
 from mug.data.stream import Batch, Share, TrainStream, open_held_out, open_train
+from mug.model.flops import flops_per_sample
 from mug.model.mug import OBJECTIVES
 from mug.model.presets import Vocabulary
+from mug.run.evaluation.neighbours import Neighbours
 from mug.run.training import checkpoint, hardware
+from mug.run.training.apex import check_apex
 from mug.run.training.bundle import Bundle, MicroBatch
 from mug.run.training.bundle import write as write_bundle
 from mug.run.training.console import Console, run_command
 from mug.run.training.deepspeed_config import check_batch, load_deepspeed_config
-from mug.run.training.engine import build_engine, recipe_values, set_learning_rate, whole_weights
+from mug.run.training.engine import (
+    build_engine,
+    recipe_values,
+    set_learning_rate,
+    whole_weights,
+)
 from mug.run.training.errors import Diverged, Restart, RunError
 from mug.run.training.evaluation import HeldOut
 from mug.run.training.interruption import Interruption
 from mug.run.training.losses import Means, shares, total_loss
-from mug.run.training.metrics import Clock, Meter, MetricsWriter, WaitAlarm, logged_losses
+from mug.run.training.metrics import Clock, Meter, MetricsWriter, WaitAlarm, logged_losses, open_metrics
 from mug.run.training.phases import Phases
 from mug.run.training.recipe import Command, Recipe, changes, parse_command
 from mug.run.training.restore import describe_model, load_engine
@@ -65,6 +72,7 @@ def main(console: Console) -> None:
 
     phases.end("import_deepspeed")
     ds_config = load_deepspeed_config(command.deepspeed, recipe_values(recipe.trainer, recipe.model.width, world))
+    check_apex(recipe.trainer, ds_config)
     check_writable(command.output)
 
     # --- Data ---
@@ -72,17 +80,17 @@ def main(console: Console) -> None:
     sizes = recipe.model.image_size, recipe.model.text_length
     stream = open_train(recipe.data, recipe.seed, *sizes, share)
     held_out = open_held_out(recipe.data, *sizes)
+    neighbours = Neighbours(recipe.trainer.knn, recipe.data.cache, sizes[0]) if recipe.trainer.knn else None
     steps = count_steps(recipe, stream.samples)
     phases.end("data")
 
-    # --- Ranks ---
+    # --- Ranks: from here on they watch over each other ---
     hardware.init_distributed(timeout=timedelta(minutes=recipe.safety.hang_minutes + 5))
     phases.end("process_group")
     with Watch(console, 60 * recipe.safety.hang_minutes) as watch:
+        # --- Model, and the newest whole checkpoint, if this output has one of this model ---
         model = build_objective(recipe, vocabulary_of(stream))
         phases.end("model")
-
-        # --- Resume: the newest whole checkpoint, if this output has one of this model ---
         hardware.on_rank_zero(lambda: lock(command.output))
         resumed = hardware.on_rank_zero(lambda: find_checkpoint(command, model, console))
         console.log_to(command.output / "logs" / f"rank{rank}.log")
@@ -97,7 +105,7 @@ def main(console: Console) -> None:
         # --- Loop ---
         if held_out is not None:
             held_out = HeldOut(held_out, recipe.trainer.eval_samples, recipe.trainer.micro_batch, recipe.data.workers)
-        run = Run(command, engine, stream, ledger, held_out, steps, console, phases, watch)
+        run = Run(command, engine, stream, ledger, held_out, neighbours, steps, console, phases, watch)
         introduce(run, resumed)
         if not resumed or resumed.step < steps:
             train(run, resumed)
@@ -251,6 +259,7 @@ class Run:
     stream: TrainStream
     ledger: Ledger
     held_out: HeldOut | None
+    neighbours: Neighbours | None
     steps: int
     console: Console
     phases: Phases
@@ -397,11 +406,12 @@ def open_log(run: Run, resumed: checkpoint.Checkpoint | None) -> Iterator[Log]:
     clock = Clock(run.phases.began)
     if resumed:
         clock.load_state_dict(resumed.manifest["clock"])
-    with MetricsWriter(output, resumed.step if resumed else 0) if dist.get_rank() == 0 else nullcontext() as metrics:
+    flops = flops_per_sample(recipe.model, run.engine.module.vocabulary.size)
+    with open_metrics(output, resumed.step if resumed else 0) as metrics:
         losses = hardware.on_rank_zero(lambda: logged_losses(output))
         log = Log(
             metrics,
-            Meter(recipe, run.engine.module.vocabulary.size, clock),
+            Meter(recipe.trainer.global_batch, sum(flops.values()), clock),
             WaitAlarm(recipe.data.workers),
             SpikeAlarm(recipe.safety.spike_factor, losses),
             Saver(run.engine, output, recipe.checkpoint, lambda step, seconds: log.event(step, "checkpoint", seconds)),
@@ -435,16 +445,20 @@ def note_replaced(run: Run) -> None:
 
 
 def evaluate(run: Run, log: Log, step: int) -> None:
-    """Held-out losses, and a picture drawn from a whole copy of the weights on rank 0."""
+    """Held-out losses; a picture, and nearest neighbours, of a whole copy of the weights on rank 0."""
     figures = run.held_out.evaluate(run.engine, run.recipe.loss_weights, lambda: run.watch.at(f"step {step}, held out"))
     run.console.say(f"step {step}  held out: {_line(figures)}")
     weights = whole_weights(run.engine)
     if log.metrics:
-        log.metrics.write("eval", step, {"position": run.stream.next_position, **figures})
         objective = run.engine.module
         copy = type(objective)(objective.config, objective.vocabulary, objective.seed)
         copy.load_state_dict(weights)
         run.held_out.draw(copy, run.command.output / "samples" / f"step-{step}.png")
+        if run.neighbours:
+            run.watch.at(f"step {step}, nearest neighbours")
+            figures["accuracy/knn"] = run.neighbours.accuracy(copy.encoder)
+            run.console.say(f"step {step}  nearest neighbours: {100 * figures['accuracy/knn']:.2f}% top-1")
+        log.metrics.write("eval", step, {"position": run.stream.next_position, **figures})
     dist.barrier()
 
 
@@ -530,6 +544,8 @@ def go_back(run: Run, log: Log, step: int, loss: float) -> None:
             run.command.output, safety.spike_checkpoints, step, run.stream.next_position, run.recipe.checkpoint.keep
         )
     )
+    if to is None:
+        raise Diverged(f"{said}, and there is no checkpoint yet to go back to")
     skipped = [to.manifest["data"]["next_position"], run.stream.next_position]
     if log.metrics:
         log.metrics.forget(to.step)

@@ -21,7 +21,7 @@ from mug.run.pretrain import build_objective, train_step, vocabulary_of
 from mug.run.training import bundle, checkpoint, hardware
 from mug.run.training.bundle import Bundle, MicroBatch
 from mug.run.training.command_line import Parser
-from mug.run.training.console import Console, leave, run_command
+from mug.run.training.console import Console, run_command
 from mug.run.training.deepspeed_config import load_deepspeed_config
 from mug.run.training.engine import build_engine, recipe_values
 from mug.run.training.errors import RunError
@@ -56,7 +56,7 @@ def main(console: Console) -> None:
         f"step {replayed.step}: {same} of {count} micro-batches gave the losses of the run; the gradient {what}"
     )
     if same < count:
-        leave(1)
+        raise SystemExit(1)
 
 
 def parse() -> Namespace:

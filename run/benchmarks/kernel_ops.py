@@ -16,19 +16,22 @@ from mug.kernels import attention, linear_cross_entropy, masked_patch_loss
 from mug.model.encoder import PIXEL_MEAN, PIXEL_STD
 from mug.run.benchmarks.kernel_timing import Work, Workload
 
-OURS = {"masked_patch_loss": "triton", "linear_cross_entropy": "chunked", "attention": "triton"}
+OURS = {"masked_patch_loss": ("triton",), "linear_cross_entropy": ("triton", "chunked"), "attention": ("triton",)}
 IMAGE_SIDE, MASK_RATIO = 224, 0.75
+COMPILED = (50, 197)  # tokens at which attention is timed under torch.compile too, as each takes seconds to compile
 PAD = 0  # no target is: every row counts
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """dtype of floating inputs; B of the masked-patch loss; (N, V, D) of the head; (B, Nq, Nk, H, D, causal)."""
+    """dtype of floating inputs; B of the masked-patch loss; (N, V, D) of the head; (B, Nq, Nk, H, D, causal) dense
+    and packed, where sequences of Nq have 2 to Nq queries."""
 
     dtype: torch.dtype
     images: int
     head: tuple[int, int, int]
     attention: tuple[tuple[int, int, int, int, int, bool], ...]
+    packed: tuple[tuple[int, int, int, int, int, bool], ...]
 
 
 HEADS = {32: 16, 64: 12, 80: 16, 88: 16}  # by head width: pixel decoder, ViT-B, ViT-H, ViT-g
@@ -38,10 +41,12 @@ SIZES = {
         images=256,
         head=(16384, 30522, 768),
         attention=(
-            *((256, N, N, H, D, False) for N in (50, 64, 197, 257, 577) for D, H in HEADS.items()),
+            *((256, N, N, H, D, False) for N in (50, 64, 197, 257) for D, H in HEADS.items()),
+            *((64, 577, 577, H, D, False) for D, H in HEADS.items()),  # the reference holds all scores in fp32
             (256, 64, 64, 12, 64, True),
             (256, 64, 50, 12, 64, False),
         ),
+        packed=((256, 64, 64, 12, 64, True), (256, 64, 50, 12, 64, False), (256, 64, 65, 12, 64, False)),
     ),
     "cpu": Sizes(
         torch.float32,
@@ -53,6 +58,7 @@ SIZES = {
             (4, 64, 64, 12, 64, True),
             (4, 64, 50, 12, 64, False),
         ),
+        packed=((4, 64, 64, 12, 64, True), (4, 64, 50, 12, 64, False)),
     ),
 }
 
@@ -113,6 +119,7 @@ def head_workloads(device: torch.device) -> Iterator[Workload]:
     weight = (torch.randn(V, D, device=device) * D**-0.5).to(sizes.dtype).requires_grad_()
     target = torch.randint(PAD + 1, V, (N,), device=device)
     contenders = {
+        "triton": partial(_head, backend="triton"),
         "chunked": partial(_head, backend="chunked"),
         "reference": partial(_head, backend="reference"),
         "F.linear_cross_entropy": _torch_head,
@@ -157,24 +164,57 @@ def attention_workloads(device: torch.device) -> Iterator[Workload]:
     dtype = SIZES[device.type].dtype
     for B, Nq, Nk, H, D, causal in SIZES[device.type].attention:
         q, k, v = (torch.randn(B, N, H, D, device=device, dtype=dtype, requires_grad=True) for N in (Nq, Nk, Nk))
-        backends = [name for name in attention.BACKENDS if name != "auto"]
-        contenders = {name: partial(attention.attention, causal=causal, backend=name) for name in backends}
-        if D == 64 and not causal:  # each takes seconds to compile
+        contenders = _backends(causal=causal)
+        if D == 64 and Nq == Nk and Nq in COMPILED:
             contenders = _with_compiled(contenders, device)
-        length = f"N={Nq}" if Nq == Nk else f"N={Nq}->{Nk}"
-        shape = f"B={B} {length} H={H} D={D}{' causal' if causal else ''}"
         work = attention_work((B, Nq, Nk, H, D), causal, q.element_size())
-        yield Workload("attention", shape, (q, k, v), contenders, work)
+        kind = _kind(D, Nq, Nk, causal, varlen=False)
+        yield Workload("attention", _shape(B, Nq, Nk, H, D, causal), (q, k, v), contenders, work, kind)
+    for sizes in SIZES[device.type].packed:
+        yield _packed_workload(*sizes, device)
 
 
-def attention_work(shape: tuple[int, int, int, int, int], causal: bool, element_size: int) -> dict[str, Work]:
-    """By pass, for (B, Nq, Nk, H, D); causal attention counts as half.
+def _packed_workload(B: int, Nq: int, Nk: int, H: int, D: int, causal: bool, device: torch.device) -> Workload:
+    """Captions of 2 to Nq tokens, to themselves where causal, else to images of Nk tokens each."""
+    lengths = torch.randint(2, Nq + 1, (B,), device=device)
+    starts_q = F.pad(lengths.cumsum(0), (1, 0)).int()
+    starts_k = starts_q if causal else Nk * torch.arange(B + 1, device=device, dtype=torch.int32)
+    rows = [int(starts[-1]) for starts in (starts_q, starts_k, starts_k)]
+    dtype = SIZES[device.type].dtype
+    q, k, v = (torch.randn(n, H, D, device=device, dtype=dtype, requires_grad=True) for n in rows)
+    options = {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, "max_seqlen": max(Nq, Nk)}
+    pairs = float((lengths * (lengths if causal else Nk)).sum())
+    work = attention_work((1, rows[0], rows[1], H, D), causal, q.element_size(), pairs)
+    shape = f"{_shape(B, Nq, Nk, H, D, causal)} packed"
+    kind = _kind(D, Nq, Nk, causal, varlen=True)
+    return Workload("attention", shape, (q, k, v), _backends(causal=causal, **options), work, kind)
+
+
+def _backends(**options: object) -> dict[str, Callable]:
+    names = [name for name in attention.BACKENDS if name != "auto"]
+    return {name: partial(attention.attention, backend=name, **options) for name in names}
+
+
+def _shape(B: int, Nq: int, Nk: int, H: int, D: int, causal: bool) -> str:
+    length = f"N={Nq}" if Nq == Nk else f"N={Nq}->{Nk}"
+    return f"B={B} {length} H={H} D={D}{' causal' if causal else ''}"
+
+
+def _kind(D: int, Nq: int, Nk: int, causal: bool, varlen: bool) -> dict[str, object]:
+    return {"head_dim": D, "tokens": max(Nq, Nk), "causal": causal, "varlen": varlen}
+
+
+def attention_work(
+    shape: tuple[int, int, int, int, int], causal: bool, element_size: int, pairs: float | None = None
+) -> dict[str, Work]:
+    """By pass, for (B, Nq, Nk, H, D); causal attention counts as half. `pairs`: of query and key, B·Nq·Nk if None.
 
     Forward: two products; reads q, k, v, writes the output. Backward: five, as it cannot keep the weights; reads q,
     k, v, output and its gradient, writes three gradients.
     """
     B, Nq, Nk, H, D = shape
-    product = 2.0 * B * H * Nq * Nk * D * (0.5 if causal else 1.0)
+    pairs = B * Nq * Nk if pairs is None else pairs
+    product = 2.0 * pairs * H * D * (0.5 if causal else 1.0)
     queries, keys = B * Nq * H * D * element_size, B * Nk * H * D * element_size
     forward = Work(2 * queries + 2 * keys, 2 * product)
     backward = Work(4 * queries + 4 * keys, 5 * product)

@@ -4,6 +4,7 @@ A row is a dict: kind "time" (one pass of one contender), "skipped" (a contender
 or "machine" (what it ran on, and the ceilings).
 """
 
+from collections import defaultdict
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -37,12 +38,22 @@ def table(op: str, rows: list[Row]) -> Table:
     for name in ("forward ms", "backward ms", "both ms", "p20 to p80", "TFLOP/s", "GB/s", "roofline", "MB", "error"):
         lines.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        if row["kind"] == "skipped":
-            lines.add_row(row["shape"], row["contender"], *[""] * 8, "skipped")
-        elif row["pass"] == "both":
+        if row["kind"] == "time" and row["pass"] == "both":
             passes = {x["pass"]: x["median_ms"] for x in rows if _same(x, row)}
             lines.add_row(row["shape"], row["contender"], *_figures(row, passes))
     return lines
+
+
+def skipped(rows: list[Row]) -> list[str]:
+    """A line for each contender and reason: at how many shapes it did not run, and why."""
+    shapes: dict[tuple, list[object]] = defaultdict(list)
+    for row in rows:
+        if row["kind"] == "skipped":
+            shapes[row["contender"], row["reason"]].append(row["shape"])
+    return [
+        f"skipped at {len(names)} shape(s), {names[0]}{' ...' if names[1:] else ''}: {contender}: {reason}"
+        for (contender, reason), names in shapes.items()
+    ]
 
 
 def _same(row: Row, other: Row) -> bool:
@@ -69,10 +80,9 @@ def picture(rows: list[Row], machine: Row, path: Path) -> None:
     top = MARGIN + LINE + LINE // 2
     for line, row in enumerate(bars):
         y = top + line * LINE
-        ours = OURS.get(row["op"]) == row["contender"]
         length = round(min(row["roofline"], 1.0) * BARS)
         draw.text((MARGIN, y + 1), f"{row['op']}  {row['shape']}  {row['contender']}", "black", font)
-        draw.rectangle((LABELS, y + 2, LABELS + length, y + LINE - 3), "#1f6fb4" if ours else "#b8c4ce")
+        draw.rectangle((LABELS, y + 2, LABELS + length, y + LINE - 3), "#1f6fb4" if is_ours(row) else "#b8c4ce")
         draw.text((LABELS + length + 6, y + 1), f"{100 * row['roofline']:.0f}%", "black", font)
     draw.line((LABELS + BARS, top, LABELS + BARS, height - MARGIN), "#c03030", 1)
     image.save(path)
@@ -92,7 +102,7 @@ def summary(rows: list[Row]) -> str:
     both = [row for row in rows if row["kind"] == "time" and row["pass"] == "both"]
     reference = {(row["op"], row["shape"]): row["median_ms"] for row in both if row["contender"] == "reference"}
     parts = []
-    for op, contender in OURS.items():
+    for op, contender in ((op, contender) for op, contenders in OURS.items() for contender in contenders):
         mine = [row for row in both if (row["op"], row["contender"]) == (op, contender)]
         if mine:
             shares = _range([100 * row["roofline"] for row in mine], 0)
@@ -102,6 +112,10 @@ def summary(rows: list[Row]) -> str:
     return "; ".join([*parts, f"{len(both)} timed, {skipped} skipped"])
 
 
+def is_ours(row: Row) -> bool:
+    return row.get("contender") in OURS.get(row.get("op"), ())
+
+
 def _range(values: list[float], digits: int) -> str:
     low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
     return low if low == high else f"{low} to {high}"
@@ -109,7 +123,7 @@ def _range(values: list[float], digits: int) -> str:
 
 def faults(rows: list[Row]) -> list[str]:
     """What is wrong with our own kernels: wrong results, or a failure other than saying what they do not serve."""
-    ours = [row for row in rows if OURS.get(row.get("op")) == row.get("contender")]
+    ours = [row for row in rows if is_ours(row)]
     wrong = [
         f"{_name(row)}: error {row['error']:.1e}" for row in ours if row.get("pass") == "both" and not row["right"]
     ]

@@ -1,9 +1,11 @@
 """Time kernels against the limits of the machine that they run on, with cold caches, and check what they compute."""
 
+import datetime
+import importlib.metadata
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +42,7 @@ class Workload:
     inputs: tuple[Tensor, ...]
     contenders: dict[str, Callable[..., Tensor]]
     work: dict[str, Work]
+    kind: dict[str, object] = field(default_factory=dict)  # of an attention call, as attention_table.Key has it
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,25 @@ def measure_ceilings(stopwatch: Stopwatch, dtype: torch.dtype) -> Ceilings:
     a, b = (torch.randn(side, side, device=stopwatch.device, dtype=dtype) for _ in range(2))
     product = stopwatch.time(lambda _: a @ b).median
     return Ceilings(2 * source.numel() / copy, 2 * side**3 / product)
+
+
+def machine_row(device: torch.device, dtype: torch.dtype, ceilings: Ceilings) -> dict[str, object]:
+    """What the figures were measured on, as the first row of a record."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    return {
+        "kind": "machine",
+        "device": name,
+        "torch": torch.__version__,
+        "triton": triton,
+        "date": datetime.date.today().isoformat(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "copy_gbytes_per_s": ceilings.copy / 1e9,
+        "matmul_tflops": ceilings.matmul / 1e12,
+    }
 
 
 def time_passes(workload: Workload, contender: str, stopwatch: Stopwatch) -> dict[str, Timing]:

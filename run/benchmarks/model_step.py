@@ -19,14 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mug.data.stream import Batch
-from mug.model.mug import MUG
-from mug.model.presets import ModelConfig, Vocabulary, resolve
+from mug.model.mug import MUG, Batch
+from mug.model.presets import ModelConfig, resolve
 from mug.run.benchmarks.kernel_ops import every_patch_loss
+from mug.run.benchmarks.synthetic import VOCABULARY, WEIGHTS, synthetic_batch
 from mug.run.training.errors import RunError
 
-VOCABULARY = Vocabulary(30522, pad=0, bos=1, eos=2, mask=3)  # as large as BERT's
-WEIGHTS = {"pixels": 1.0, "caption": 0.1}
 LEARNING_RATE = 1e-4
 WARM_UPS = 1  # turns that are not timed
 TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # of the curves, relative: fp32, and bf16 where no sum has a fixed order
@@ -108,7 +106,7 @@ def run_steps(paths: list[str], preset: str, batch: int, steps: int, device: str
     losses: dict[str, list[dict[str, float]]] = {path: [] for path in paths}
     before = _peak_mb(device)
     for turn in range(WARM_UPS + steps):
-        samples = {name: x.to(device) for name, x in synthetic_batch(config, batch, turn).items()}
+        samples = {name: x.to(device) for name, x in synthetic_batch(config, VOCABULARY, batch, seed=turn).items()}
         for path in paths:
             begin = time.perf_counter()
             figures = _step(PATHS[path], model, optimizer, samples)
@@ -127,18 +125,6 @@ def _step(losses_of: Callable, model: MUG, optimizer: torch.optim.Optimizer, bat
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {term: loss.detach() for term, loss in losses.items()}
-
-
-def synthetic_batch(config: ModelConfig, size: int, seed: int) -> Batch:
-    """Random pixels, and captions that fill half of the text."""
-    generator = torch.Generator().manual_seed(seed)
-    side, length = config.image_size, config.text_length
-    tokens = torch.randint(4, VOCABULARY.size, (size, length), generator=generator)
-    tokens[:, 0] = VOCABULARY.bos
-    tokens[:, length // 2] = VOCABULARY.eos
-    tokens[:, length // 2 + 1 :] = VOCABULARY.pad
-    image = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
-    return {"image": image, "tokens": tokens, "position": torch.arange(size) + seed * size}
 
 
 def _peak_mb(device: str) -> float:

@@ -9,64 +9,70 @@
 A source that holds both splits gives them by itself; else the test images are named apart.
 """
 
-import gzip
 import hashlib
-import io
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-from PIL import Image
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from mug.data import transforms
+from mug.data import fashion_mnist
 from mug.data.config import DataConfig
-from mug.data.errors import DataError
+from mug.data.crops import CentralSquare, Crop
+from mug.data.decode import Mode, decode_crop
+from mug.data.errors import BadSample, DataError
 from mug.data.openmoji import ensure_openmoji
-from mug.data.shards import IMAGE, JSON, ShardIndex, expand
+from mug.data.reader import Reader
 from mug.run.training.errors import RunError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp"}
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
-FASHION_MNIST_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat")
-FASHION_MNIST_NAMES += ("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 TEST_NAMES = ("test", "val", "validation")  # the first that a source has
+CENTRAL = CentralSquare()
+
+
+class Images(Protocol):
+    """Encoded images by number. Cheap to pickle, for the processes that decode them."""
+
+    def read(self, number: int) -> bytes:
+        """The bytes of an image."""
+
+    def name(self, number: int) -> str:
+        """What to call it in a message."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One split as its owner keeps it: encoded images and their classes, by name.
+    """One split as its owner keeps it: images and their classes, by name.
 
-    read: image number → its bytes. name: image number → what to call it in a message. fingerprint: SHA-256 that
-    changes with the images; not with their labels.
+    fingerprint: SHA-256 that changes with the images; not with their labels.
     """
 
-    read: Callable[[int], bytes]
+    images: Images
     labels: list[str]
-    name: Callable[[int], str]
     fingerprint: str
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def view(self, number: int, size: int) -> np.ndarray:
-        """The central square as uint8 [3, size, size], bicubic, larger or smaller than the image; grey becomes RGB.
+    def view(self, number: int, size: int, crop: Crop = CENTRAL, mode: Mode = "exact") -> np.ndarray:
+        """The part `crop` as uint8 [3, size, size], bicubic, larger or smaller than the image; grey becomes RGB.
 
         Raises:
             DataError: the image cannot be decoded; it is named.
         """
         try:
-            return transforms.eval_view(transforms.decode(self.read(number)), size)
-        except DataError as error:
-            raise DataError(f"{self.name(number)}: {error}") from error
+            return decode_crop(self.images.read(number), size, crop, mode)
+        except BadSample as error:
+            raise DataError(f"{self.images.name(number)}: {error}; mend it or take it out") from error
 
     def select(self, numbers: list[int]) -> "Source":
         """The images of these numbers alone."""
         digest = hashlib.sha256(f"{self.fingerprint} {numbers}".encode()).hexdigest()
-        return Source(
-            lambda i: self.read(numbers[i]), [self.labels[n] for n in numbers], lambda i: self.name(numbers[i]), digest
-        )
+        return Source(Selected(self.images, numbers), [self.labels[n] for n in numbers], digest)
 
 
 @dataclass(frozen=True)
@@ -92,15 +98,17 @@ def open_splits(data: str, test: str | None, label: str, cache: str | None) -> S
     """
     kind, _, where = data.partition(":")
     if kind == "fashion-mnist":
-        train, test_source = (open_fashion_mnist(Path(where or FASHION_MNIST), split) for split in ("train", "t10k"))
+        train, test_source = (
+            open_fashion_mnist(Path(where or fashion_mnist.INSTALLED), split) for split in ("train", "t10k")
+        )
     elif data == "openmoji":
-        train, test_source = open_openmoji(DataConfig(cache=cache).cache_folder())
+        train, test_source = open_openmoji(cache)
     else:
         inside = [] if test else [name for name in TEST_NAMES if (Path(data) / name).is_dir()]
         if not test and not inside:
-            raise RunError(f"--data {data} has no folder {', '.join(TEST_NAMES)}; name the test images with --test")
-        train = open_source(f"{data}/train" if inside else data, label)
-        test_source = open_source(test or f"{data}/{inside[0]}", label)
+            raise RunError(f"{data} has no folder {', '.join(TEST_NAMES)}; name the test images too (--test)")
+        train = open_source(f"{data}/train" if inside else data, label, cache)
+        test_source = open_source(test or f"{data}/{inside[0]}", label, cache)
     return align(train, test_source)
 
 
@@ -117,18 +125,18 @@ def align(train: Source, test: Source) -> Splits:
     for i, name in enumerate(test.labels):
         if name not in number:
             raise RunError(
-                f"{test.name(i)}: its label '{name}' is none of the {len(names)} classes of the training images"
+                f"{test.images.name(i)}: its label '{name}' is none of the {len(names)} classes of the training images"
             )
     labels = (np.array([number[name] for name in source.labels]) for source in (train, test))
     return Splits(train, test, names, *labels)
 
 
-def open_source(place: str, label: str) -> Source:
+def open_source(place: str, label: str, cache: str | None) -> Source:
     """One split: a dataset on disk, a folder per class, or shards."""
     folder = Path(place)
     if (folder / "state.json").is_file():
         return open_saved_dataset(folder, label)
-    return open_folder(folder) if folder.is_dir() else open_shards(place, label)
+    return open_folder(folder) if folder.is_dir() else open_shards(place, label, cache)
 
 
 # --- The kinds of sources ----------------------------------------------------------------------------------
@@ -151,31 +159,32 @@ def open_folder(folder: Path) -> Source:
         raise RunError(f"{folder} holds no class folders; give a folder per class, with the images in it")
     stats = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     digest = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
-    return Source(lambda i: paths[i].read_bytes(), labels, lambda i: str(paths[i]), digest)
+    return Source(Files(paths), labels, digest)
 
 
-def open_shards(patterns: str, label: str) -> Source:
-    """Tar shards whose samples have a json with the key `label`.
+def open_shards(patterns: str, label: str, cache: str | None) -> Source:
+    """Shards, tar, Arrow or Parquet, whose samples have a json with the key `label`.
 
     Raises:
         DataError: missing or damaged shards.
         RunError: a sample without a label.
     """
-    index = ShardIndex.scan(expand(patterns))
+    images = InShards(Reader.open(patterns, DataConfig(cache=cache)))
     labels = []
-    for row in range(len(index)):
+    for number in range(len(images.reader.index)):
         try:
-            labels.append(str(json.loads(index.read(row, JSON))[label]))
+            labels.append(str(json.loads(images.reader.read_json(*images.place(number)))[label]))
         except (ValueError, KeyError, TypeError):
-            raise RunError(f"{index.name(row)}: its json has no '{label}'; name the label's key with --label") from None
-    return Source(lambda i: index.read(i, IMAGE), labels, index.name, index.fingerprint())
+            name = images.name(number)
+            raise RunError(f"{name}: its json has no '{label}'; name the label's key (--label)") from None
+    return Source(images, labels, images.reader.index.fingerprint)
 
 
-def open_openmoji(cache: Path) -> tuple[Source, Source]:
+def open_openmoji(cache: str | None) -> tuple[Source, Source]:
     """The embedded pairs, labelled by emoji without its variant (skin tones); a held-out variant of an emoji that
     has no other one cannot be told from training images, and is left out."""
-    folder = ensure_openmoji(cache)
-    train, test = (open_shards(f"{folder}/{split}-*.tar", "group") for split in ("train", "held_out"))
+    folder = ensure_openmoji(DataConfig(cache=cache).cache_folder())
+    train, test = (open_shards(f"{folder}/{split}-*.tar", "group", cache) for split in ("train", "held_out"))
     known = set(train.labels)
     return train, test.select([i for i, name in enumerate(test.labels) if name in known])
 
@@ -186,25 +195,26 @@ def open_saved_dataset(folder: Path, label: str) -> Source:
     Raises:
         RunError: no such column, a label out of range, or images that are not in the files.
     """
-    import pyarrow as pa
-
     try:
         state = json.loads((folder / "state.json").read_text())
         features = json.loads((folder / "dataset_info.json").read_text())["features"]
-        streams = [pa.ipc.open_stream(pa.memory_map(str(folder / file["filename"]))) for file in state["_data_files"]]
-        table = pa.concat_tables(stream.read_all() for stream in streams)
+        table = _read_table([folder / file["filename"] for file in state["_data_files"]])
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise RunError(f"{folder} is no dataset that save_to_disk wrote ({error})") from None
     column = next((name for name, kind in features.items() if kind.get("_type") == "Image"), None)
     if column is None or label not in features:
         raise RunError(f"{folder} has the columns {', '.join(features)}; it needs an image, and --label must be one")
     labels = _class_names(table[label].to_pylist(), features[label].get("names"), folder)
-    images = table[column].combine_chunks()
-    images = images.field("bytes") if pa.types.is_struct(images.type) else images
-    if images.null_count:
+    images = InTable([folder / file["filename"] for file in state["_data_files"]], column)
+    if images.column.null_count:
         raise RunError(f"{folder}: column {column} holds paths, not images; save it with the images embedded")
     digest = hashlib.sha256(f"{state['_fingerprint']} {len(table)} {column}".encode()).hexdigest()
-    return Source(lambda i: images[i].as_py(), labels, lambda i: f"{folder}, row {i}", digest)
+    return Source(images, labels, digest)
+
+
+def _read_table(paths: list[Path]) -> pa.Table:
+    streams = [pa.ipc.open_stream(pa.memory_map(str(path))) for path in paths]
+    return pa.concat_tables(stream.read_all() for stream in streams)
 
 
 def _class_names(values: list, names: list[str] | None, folder: Path) -> list[str]:
@@ -222,36 +232,101 @@ def open_fashion_mnist(folder: Path, split: str) -> Source:
     """28 x 28 px, grey (white on black), 10 classes; 60,000 images in `train`, 10,000 in `t10k`.
 
     Raises:
-        RunError: a file is missing or damaged, or a label is out of range.
+        DataError: a file is missing or damaged, or a label is out of range.
     """
-    try:
-        pixels = _read_idx(folder / f"{split}-images-idx3-ubyte.gz")
-        labels = _read_idx(folder / f"{split}-labels-idx1-ubyte.gz")
-    except FileNotFoundError as error:
-        raise RunError(
-            f"{error.filename} is missing: install Debian's dataset-fashion-mnist, or unpack it and name its folder"
-            " as fashion-mnist:FOLDER"
-        ) from None
-    except (OSError, EOFError, ValueError) as error:
-        raise RunError(f"{folder}: {split} cannot be read ({error}); fetch it anew") from None
-    if len(pixels) != len(labels) or labels.max(initial=0) >= len(FASHION_MNIST_NAMES):
-        raise RunError(f"{folder}: {split} holds {len(pixels)} images and {len(labels)} labels, up to {labels.max()}")
-    digest = hashlib.sha256(pixels.tobytes()).hexdigest()
-    names = [FASHION_MNIST_NAMES[label] for label in labels]
-    return Source(lambda i: _png(pixels[i]), names, lambda i: f"{folder}, {split} image {i}", digest)
+    pixels_NHW = fashion_mnist.read_pixels(folder, split)
+    labels_N = fashion_mnist.read_labels(folder, split, len(pixels_NHW))
+    digest = hashlib.sha256(pixels_NHW.tobytes()).hexdigest()
+    return Source(InIdx(folder, split), [fashion_mnist.NAMES[label] for label in labels_N], digest)
 
 
-def _read_idx(path: Path) -> np.ndarray:
-    """An array of uint8 in the idx format of MNIST: two zeros, type 8, the rank, each dimension, the values."""
-    data = gzip.decompress(path.read_bytes())
-    if data[:3] != b"\0\0\x08":
-        raise ValueError(f"{path.name} is no idx file of bytes")
-    rank = data[3]
-    shape = np.frombuffer(data, ">i4", rank, offset=4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
+# --- Their images ------------------------------------------------------------------------------------------
 
 
-def _png(pixels_HW: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels_HW).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+@dataclass(frozen=True)
+class Files:
+    """A file each."""
+
+    paths: list[Path]
+
+    def read(self, number: int) -> bytes:
+        return self.paths[number].read_bytes()
+
+    def name(self, number: int) -> str:
+        return str(self.paths[number])
+
+
+@dataclass(frozen=True)
+class InShards:
+    """Samples of shards, in the order of the shards."""
+
+    reader: Reader
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Shard and row."""
+        starts_S1 = self.reader.index.starts_S1
+        shard = int(starts_S1.searchsorted(number, side="right")) - 1
+        return shard, number - int(starts_S1[shard])
+
+    def read(self, number: int) -> bytes:
+        return self.reader.read(*self.place(number))[0]
+
+    def name(self, number: int) -> str:
+        return self.reader.index.name(*self.place(number))
+
+
+@dataclass(frozen=True)
+class InTable:
+    """A column of the Arrow files of a Hugging Face dataset."""
+
+    paths: list[Path]
+    name_of_column: str
+
+    @cached_property
+    def column(self) -> pa.ChunkedArray:
+        images = _read_table(self.paths)[self.name_of_column]
+        return pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
+
+    def __reduce__(self):
+        return InTable, (self.paths, self.name_of_column)
+
+    def read(self, number: int) -> bytes:
+        return self.column[number].as_py()
+
+    def name(self, number: int) -> str:
+        return f"{self.paths[0].parent}, row {number}"
+
+
+@dataclass(frozen=True)
+class InIdx:
+    """The images of an idx file, as PNGs."""
+
+    folder: Path
+    split: str
+
+    @cached_property
+    def pixels_NHW(self) -> np.ndarray:
+        return fashion_mnist.read_pixels(self.folder, self.split)
+
+    def __reduce__(self):
+        return InIdx, (self.folder, self.split)
+
+    def read(self, number: int) -> bytes:
+        return fashion_mnist.as_png(self.pixels_NHW[number])
+
+    def name(self, number: int) -> str:
+        return f"{self.folder}, {self.split} image {number}"
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Some of another source's images."""
+
+    images: Images
+    numbers: list[int]
+
+    def read(self, number: int) -> bytes:
+        return self.images.read(self.numbers[number])
+
+    def name(self, number: int) -> str:
+        return self.images.name(self.numbers[number])

@@ -93,8 +93,8 @@ def extract(network: nn.Module, source: Source, batch: int, workers: int, device
         broken = (~value.isfinite().all(1)).nonzero().flatten().tolist()
         if broken:
             raise RunError(
-                f"the {name} of {len(broken)} of {len(value)} images is not finite, {source.name(broken[0])} the first;"
-                " the weights are broken: take an earlier checkpoint"
+                f"the {name} of {len(broken)} of {len(value)} images is not finite, {source.images.name(broken[0])} the"
+                " first; the weights are broken: take an earlier checkpoint"
             )
     return features
 

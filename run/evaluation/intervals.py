@@ -44,6 +44,7 @@ class Accuracy:
         """For a results file."""
         return {
             "accuracy": self.mean,
+            "values": list(self.values),
             "deviation": self.deviation,
             "seeds": len(self.values),
             "seed_interval": self.seed_interval(),

@@ -23,8 +23,9 @@ class MicroBatch:
     losses: dict[str, float]  # by term
 
     def __str__(self) -> str:
-        first, end, stride = self.positions
-        return f"rank {self.rank}, positions {first} to {end - 1}" + (f" by {stride}" if stride > 1 else "")
+        positions = range(*self.positions)
+        by = f" by {positions.step}" if positions.step > 1 else ""
+        return f"rank {self.rank}, positions {positions[0]} to {positions[-1]}{by}"
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def commit(
     partial, final = output / f"checkpoint-{step}.partial", output / f"checkpoint-{step}"
     for name, text in attached.items():
         (partial / name).write_text(text)
-    seals = {**files, **{name: _seal(partial / name) for name in attached}}
+    seals = {**files, **{name: seal(partial / name) for name in attached}}
     manifest = {"format": FORMAT, "step": step, "files": dict(sorted(seals.items())), **state}
     _write_text(partial / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
     _sync_folder(partial)
@@ -143,7 +143,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _seal(path: Path) -> dict[str, Any]:
+def seal(path: Path) -> dict[str, Any]:
     """fsync a file; its size and SHA-256."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())

@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from mug.run.training.apex import fuse_layer_norms, fused_adam
 from mug.run.training.deepspeed_config import RecipeValues
 from mug.run.training.recipe import TrainerConfig
 
-NO_DECAY = ("cls_token", "mask_token", "position_embed")
+EPS = 1e-8  # AdamW's
+NO_DECAY = ("cls_token", "mask_token", "position_embed", "positions_ND")
 
 
 def recipe_values(trainer: TrainerConfig, width: int, world: int) -> RecipeValues:
@@ -21,7 +23,7 @@ def recipe_values(trainer: TrainerConfig, width: int, world: int) -> RecipeValue
         bf16=torch.cuda.is_available(),
         learning_rate=trainer.learning_rate,
         betas=tuple(trainer.betas),
-        eps=1e-8,
+        eps=EPS,
         weight_decay=trainer.weight_decay,
         width=width,
     )
@@ -31,24 +33,38 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Two groups: matrices, with weight decay; norms, biases, tokens and positions, without."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
-        decays = parameter.ndim > 1 and not name.endswith(NO_DECAY)
-        groups[decays].append(parameter)
+        groups[decays(name, parameter)].append(parameter)
     return [
         {"params": groups[True], "weight_decay": weight_decay},
         {"params": groups[False], "weight_decay": 0.0},
     ]
 
 
-def build_engine(model: nn.Module, ds_config: dict[str, Any], trainer: TrainerConfig) -> Any:
-    """deepspeed.initialize on the model; under ZeRO-3 each block is gathered as a whole."""
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay shrinks it: not norms, biases, tokens and positions."""
+    return parameter.ndim > 1 and not name.endswith(NO_DECAY)
+
+
+def build_engine(
+    model: nn.Module, ds_config: dict[str, Any], trainer: TrainerConfig, groups: list[dict[str, Any]] | None = None
+) -> Any:
+    """deepspeed.initialize on the model; under ZeRO-3 each block is gathered as a whole.
+
+    groups: of the model's parameters, where they are not those of `parameter_groups`. The optimizer is what the
+    DeepSpeed JSON names, unless the recipe asks for apex's.
+    """
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules
 
     if ds_config.get("zero_optimization", {}).get("stage") == 3:
         set_z3_leaf_modules(model, model.zero3_leaves)
+    if trainer.apex_layer_norm:
+        fuse_layer_norms(model)
+    groups = groups or parameter_groups(model, trainer.weight_decay)
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=parameter_groups(model, trainer.weight_decay),
+        optimizer=fused_adam(groups, trainer, EPS) if trainer.apex_adam else None,
+        model_parameters=groups,
         config=ds_config,
         dist_init_required=False,
     )
@@ -67,8 +83,9 @@ def _hold_back_what_is_not_finite(optimizer: torch.optim.Optimizer, *_: Any) -> 
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """Set it, times the `lr_scale` of those groups that have one."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
 @torch.no_grad()

@@ -40,11 +40,13 @@ class HeldOut:
         self.batches = [batches[min(turn, len(batches) - 1)] for turn in turns]
 
     @torch.no_grad()
-    def evaluate(self, engine: Any, weights: Mapping[str, float], began: Callable[[], None]) -> dict[str, float]:
+    def evaluate(
+        self, engine: Any, weights: Mapping[str, float], began: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
         """Means over the held-out pairs, the same on all ranks: `loss/total`, `loss/TERM`, `accuracy/TERM`.
 
-        `began` is called at each batch.
-        A pair that cannot be used is replaced by another one of its shard, always the same, and said.
+        `began` is called at each batch. A pair that cannot be used is replaced by another one of its shard, always
+        the same, and said.
         """
         means, replaced = Means(), []
         engine.eval()

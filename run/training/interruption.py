@@ -6,18 +6,21 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from mug.run.training import hardware
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send before they take a machine away
 
 
 class Interruption:
     """Whether some rank was asked to end. All ranks call `ask` and `answer` once a step each, in this order.
 
-    The question travels over gloo while the step is computed: nothing waits for it, on a GPU or on a CPU.
+    On a GPU nothing waits for it: the answer is on its way to the host while the step is computed.
     """
 
     def __init__(self):
         self.received = 0
-        self.group = dist.new_group(backend="gloo")
+        self.answered = torch.zeros(1, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+        self.arrived = torch.cuda.Event() if torch.cuda.is_available() else None
         for number in SIGNALS:
             signal.signal(number, self._note)
 
@@ -25,10 +28,15 @@ class Interruption:
         self.received = number
 
     def ask(self) -> None:
-        self.number = torch.tensor([self.received])
-        self.work = dist.all_reduce(self.number, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        number = torch.tensor([self.received]).to(hardware.device(), non_blocking=True)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        self.answered.copy_(number, non_blocking=True)
+        if self.arrived:
+            self.arrived.record()
 
     def answer(self) -> str | None:
         """The signal's name, if any rank had received one when it asked."""
-        self.work.wait()
-        return signal.Signals(self.number.item()).name if self.number.item() else None
+        if self.arrived:
+            self.arrived.synchronize()  # since then DeepSpeed has waited for the gradients' norm
+        number = self.answered.item()
+        return signal.Signals(number).name if number else None

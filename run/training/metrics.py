@@ -12,9 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mug.model.flops import flops_per_sample
 from mug.run.training import hardware
-from mug.run.training.recipe import Recipe
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -81,6 +79,11 @@ class MetricsWriter:
         self.board.close()
 
 
+def open_metrics(output: Path, resumed: int) -> contextlib.AbstractContextManager[MetricsWriter | None]:
+    """The writer on rank 0, None on the others."""
+    return MetricsWriter(output, resumed) if dist.get_rank() == 0 else contextlib.nullcontext()
+
+
 class Clock:
     """How much of the time since a run was first started has advanced it: steps that a crash undid have not."""
 
@@ -99,12 +102,15 @@ class Clock:
 
 
 class Meter:
-    """Speed since the last reading, without the time spent on evaluations and checkpoints."""
+    """Speed since the last reading, without the time spent on evaluations and checkpoints.
 
-    def __init__(self, recipe: Recipe, vocabulary_size: int, clock: Clock):
+    batch: samples of a step, over all ranks. flops: of one sample, forward and backward. clock: where the goodput
+    is to be told, too.
+    """
+
+    def __init__(self, batch: int, flops: float, clock: Clock | None = None):
         self.clock = clock
-        self.batch = recipe.trainer.global_batch
-        flops = sum(flops_per_sample(recipe.model, vocabulary_size).values())
+        self.batch = batch
         peak = hardware.peak_flops()
         self.mfu_of_rate = flops / (peak * dist.get_world_size()) if peak else None
         self._restart()
@@ -128,11 +134,13 @@ class Meter:
         self.start += time.perf_counter() - begin
 
     def read(self) -> dict[str, float]:
-        """`images_per_s`, `data_wait` (share of the step), `goodput`, `memory_gb`; `mfu` where the peak is known."""
+        """`images_per_s`, `data_wait` (share of the step), `memory_gb`; `goodput`, `mfu` where they can be known."""
         seconds = time.perf_counter() - self.start
-        self.clock.trained += seconds - self.waited
         rate = self.steps * self.batch / seconds
-        figures = {"images_per_s": rate, "data_wait": self.waited / seconds, "goodput": self.clock.goodput()}
+        figures = {"images_per_s": rate, "data_wait": self.waited / seconds}
+        if self.clock:
+            self.clock.trained += seconds - self.waited
+            figures["goodput"] = self.clock.goodput()
         if self.mfu_of_rate:
             figures["mfu"] = rate * self.mfu_of_rate
         self._restart()

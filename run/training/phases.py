@@ -21,7 +21,9 @@ class Phases:
             self.last = now
 
     def figures(self) -> dict[str, float]:
-        return {f"seconds/{name}": round(seconds, 3) for name, seconds in self.seconds.items()}
+        """`seconds/PHASE`, and `seconds/total`."""
+        seconds = {**self.seconds, "total": sum(self.seconds.values())}
+        return {f"seconds/{name}": round(value, 3) for name, value in seconds.items()}
 
 
 def _process_start() -> float:

@@ -38,6 +38,8 @@ class TrainerConfig:
         log_every: steps between two rows of metrics.
         eval_every: steps between two evaluations on held-out pairs; also at the end.
         eval_samples: held-out pairs to evaluate on; all if there are fewer.
+        apex_adam: take NVIDIA apex's FusedAdam instead of the AdamW of the DeepSpeed JSON.
+        apex_layer_norm: take NVIDIA apex's FusedLayerNorm instead of PyTorch's.
     """
 
     global_batch: int = 4096
@@ -53,10 +55,23 @@ class TrainerConfig:
     log_every: int = 10
     eval_every: int = 1000
     eval_samples: int = 10000
+    apex_adam: bool = False
+    apex_layer_norm: bool = False
 
     @property
     def learning_rate(self) -> float:
         return self.base_learning_rate * self.global_batch / 256
+
+
+@dataclass(frozen=True)
+class PretrainTrainerConfig(TrainerConfig):
+    """How the model is pre-trained.
+
+    Args:
+        knn: labelled images, as run/knn.py's --data, for the accuracy of nearest neighbours at each evaluation.
+    """
+
+    knn: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +124,7 @@ class Recipe:
 
     model: ModelConfig
     data: DataConfig
-    trainer: TrainerConfig
+    trainer: PretrainTrainerConfig
     checkpoint: CheckpointConfig
     safety: SafetyConfig
     objective: str = "mug"
@@ -119,7 +134,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
         """The recipe that `dataclasses.asdict` made `values` of."""
-        sections = {"model": ModelConfig, "data": DataConfig, "trainer": TrainerConfig}
+        sections = {"model": ModelConfig, "data": DataConfig, "trainer": PretrainTrainerConfig}
         sections |= {"checkpoint": CheckpointConfig, "safety": SafetyConfig}
         return cls(**values | {name: section(**values[name]) for name, section in sections.items()})
 
@@ -129,7 +144,7 @@ class Command:
     """What the command line says: the recipe, the DeepSpeed JSON, the folder of the run, and whether a run that was
     begun with another recipe may go on with this one."""
 
-    recipe: Recipe
+    recipe: Any
     deepspeed: Path
     output: Path
     allow_changes: bool
@@ -137,8 +152,13 @@ class Command:
 
 def build_parser() -> Parser:
     """The options of run/pretrain.py."""
-    parser = Parser(prog="pretrain.py", description="Pre-train MUG on image-text pairs.")
-    parser.add_argument("--config", action="config", help="recipe, a YAML file (default: openmoji_tiny.yaml)")
+    return recipe_parser("pretrain.py", "Pre-train MUG on image-text pairs.", Recipe, DEFAULT_RECIPE)
+
+
+def recipe_parser(prog: str, description: str, recipe: type, default: Path) -> Parser:
+    """The options of a command that trains by a recipe: a key each of the dataclass, and where things are."""
+    parser = Parser(prog=prog, description=description)
+    parser.add_argument("--config", action="config", help=f"recipe, a YAML file (default: {default.name})")
     parser.add_argument("--deepspeed", type=str | None, default=None, help="DeepSpeed JSON, from ds_configs/")
     parser.add_argument("--output", type=str | None, default=None, help="folder of the run (runs/RECIPE)")
     parser.add_argument(
@@ -148,7 +168,7 @@ def build_parser() -> Parser:
         help="go on with a run although keys of its recipe that decide what is learned have changed",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=SUPPRESS)  # the launcher's
-    parser.add_class_arguments(Recipe, as_group=False)
+    parser.add_class_arguments(recipe, as_group=False)
     return parser
 
 
@@ -159,23 +179,49 @@ def parse_command(arguments: list[str] | None = None) -> Command:
         RunError: an unknown flag or recipe key, a value of the wrong type, a missing recipe or JSON.
         ModelConfigError: sizes that do not fit together.
     """
+    command = parse_recipe(build_parser(), Recipe, DEFAULT_RECIPE, arguments)
+    check_least(command.recipe, LEAST | SAFETY_LEAST)
+    if not command.recipe.safety.hang_minutes > 0:
+        raise RunError(f"safety.hang_minutes must be more than 0, not {command.recipe.safety.hang_minutes}")
+    return dataclasses.replace(command, recipe=dataclasses.replace(command.recipe, model=resolve(command.recipe.model)))
+
+
+def parse_recipe(parser: Parser, recipe: type, default: Path, arguments: list[str] | None) -> Command:
+    """Parse a command line of `recipe_parser`; without --config, the recipe is `default`.
+
+    Raises:
+        RunError: an unknown flag or recipe key, a value of the wrong type, a missing recipe or JSON.
+    """
+    values, parsed, output = read_recipe(parser, recipe, default, arguments)
+    if parsed.deepspeed is None:
+        raise RunError("--deepspeed is missing; name a DeepSpeed JSON, for example ds_configs/zero3.json")
+    return Command(values, Path(parsed.deepspeed), output, parsed.allow_changes)
+
+
+def read_recipe(
+    parser: Parser, recipe: type, default: Path, arguments: list[str] | None
+) -> tuple[Any, Namespace, Path]:
+    """The recipe, all that was parsed, and the folder of the run, of a parser with --config and --output.
+
+    Raises:
+        RunError: an unknown flag or recipe key, a value of the wrong type, a missing recipe.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     recipe_file = _recipe_file(arguments)
     if recipe_file is None:
-        recipe_file = DEFAULT_RECIPE
+        recipe_file = default
         arguments = ["--config", str(recipe_file), *arguments]
     if not recipe_file.is_file():
-        shipped = ", ".join(sorted(path.name for path in RECIPES.glob("*.yaml")))
-        raise RunError(f"--config {recipe_file}: no such file; {RECIPES.name}/ holds {shipped}")
-    parser = build_parser()
+        shipped = ", ".join(sorted(path.name for path in default.parent.glob("*.yaml")))
+        raise RunError(f"--config {recipe_file}: no such file; {default.parent.name}/ holds {shipped}")
     parsed = parser.parse_args(arguments)
-    if parsed.deepspeed is None:
-        raise RunError("--deepspeed is missing; name a DeepSpeed JSON, for example ds_configs/zero3.json")
-    output = Path(parsed.output or Path("runs") / recipe_file.stem)
-    for section in ("model", "data", "trainer", "checkpoint", "safety"):
-        if parsed[section] is None:
-            raise RunError(f"{recipe_file}: section {section} is empty; give it keys, or leave it out")
-    return Command(_recipe(parser.instantiate(parsed)), Path(parsed.deepspeed), output, parsed.allow_changes)
+    fields = dataclasses.fields(recipe)
+    for one in fields:
+        if parsed[one.name] is None and dataclasses.is_dataclass(one.type):
+            raise RunError(f"{recipe_file}: section {one.name} is empty; give it keys, or leave it out")
+    values = parser.instantiate(parsed)
+    made = recipe(**{one.name: values[one.name] for one in fields})
+    return made, parsed, Path(parsed.output or Path("runs") / recipe_file.stem)
 
 
 def _recipe_file(arguments: list[str]) -> Path | None:
@@ -192,7 +238,7 @@ def _recipe_file(arguments: list[str]) -> Path | None:
 FREE = ("checkpoint", "safety", "trainer.max_steps", "trainer.epochs", "trainer.micro_batch", "trainer.log_every")
 FREE += ("trainer.eval_every", "trainer.eval_samples", "data.shards", "data.held_out", "data.tokenizer", "data.cache")
 FREE += ("data.workers", "data.remote", "data.cache_gb", "data.ahead", "data.retry_seconds", "data.max_bad_samples")
-FREE += ("data.max_bad_in_shard",)
+FREE += ("data.max_bad_in_shard", "trainer.knn", "init", "data.images", "data.test")
 
 
 def changes(saved: dict[str, Any], recipe: Recipe) -> list[str]:
@@ -228,21 +274,16 @@ LEAST = {
     "checkpoint.every_steps": 1,
     "checkpoint.every_minutes": 0,
     "checkpoint.keep": 1,
-    "safety.spike_factor": 0,
-    "safety.spike_checkpoints": 1,
-    "safety.max_skips": 0,
     "seed": 0,
 }
+SAFETY_LEAST = {"safety.spike_factor": 0, "safety.spike_checkpoints": 1, "safety.max_skips": 0}
 
 
-def _recipe(values: Namespace) -> Recipe:
-    recipe = Recipe(**{f.name: values[f.name] for f in dataclasses.fields(Recipe)})
-    for name, least in LEAST.items():
+def check_least(recipe: Any, least: dict[str, float]) -> None:
+    """Raise RunError unless the numbers of these dotted names are at least so large, and trainer.betas in range."""
+    for name, bound in least.items():
         value = operator.attrgetter(name)(recipe)
-        if value is not None and value < least:
-            raise RunError(f"{name} must be at least {least}, not {value}")
-    if not recipe.safety.hang_minutes > 0:
-        raise RunError(f"safety.hang_minutes must be more than 0, not {recipe.safety.hang_minutes}")
+        if value is not None and value < bound:
+            raise RunError(f"{name} must be at least {bound}, not {value}")
     if not all(0 <= beta < 1 for beta in recipe.trainer.betas):
         raise RunError(f"trainer.betas must lie in [0, 1), not be {recipe.trainer.betas}")
-    return dataclasses.replace(recipe, model=resolve(recipe.model))

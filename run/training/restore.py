@@ -41,6 +41,19 @@ def load_engine(engine: Any, found: checkpoint.Checkpoint) -> None:
         )
 
 
+def find(path: Path, warn: Callable[[str], None]) -> checkpoint.Checkpoint:
+    """The checkpoint in a folder, or the newest whole one of a run's folder.
+
+    Raises:
+        RunError: there is none, or it is damaged.
+    """
+    named = (path / checkpoint.MANIFEST).is_file()
+    found = checkpoint.verify(path) if named else checkpoint.newest(path, warn)
+    if found is None:
+        raise RunError(f"{path} holds no checkpoint; name a run's folder or one of its checkpoint-STEP folders")
+    return found
+
+
 def restore(path: Path, warn: Callable[[str], None]) -> tuple[MUG, Tokenizer, checkpoint.Checkpoint]:
     """The model and tokenizer of a checkpoint folder, or of the newest whole one of a run's folder.
 
@@ -49,10 +62,7 @@ def restore(path: Path, warn: Callable[[str], None]) -> tuple[MUG, Tokenizer, ch
     Raises:
         RunError: there is no checkpoint, or it is damaged.
     """
-    named = (path / checkpoint.MANIFEST).is_file()
-    found = checkpoint.verify(path) if named else checkpoint.newest(path, warn)
-    if found is None:
-        raise RunError(f"{path} holds no checkpoint; name a run's folder or one of its checkpoint-STEP folders")
+    found = find(path, warn)
     described = found.manifest["model"]
     model = OBJECTIVES[described["objective"]["name"]](
         ModelConfig(**described["config"]), Vocabulary(**described["vocabulary"]), described["objective"]["seed"]

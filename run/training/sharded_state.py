@@ -71,8 +71,9 @@ def state_of(engine: Any, held: Iterable[Held]) -> State:
 
 
 def adam_steps(engine: Any) -> int:
-    """How many steps AdamW's bias correction counts."""
-    return int(next(iter(engine.basic_optimizer.state.values()))["step"])
+    """How many steps AdamW's bias correction counts; apex counts them in its groups."""
+    optimizer = engine.basic_optimizer
+    return int({**next(iter(optimizer.state.values())), **optimizer.param_groups[0]}["step"])
 
 
 def _held(engine: Any) -> Iterator[Held]:
@@ -179,10 +180,13 @@ class SavedState:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, saved: SavedState) -> None:
-    """Fill a whole model, not yet given to DeepSpeed, parameter by parameter."""
+def load_weights(model: nn.Module, saved: SavedState, prefix: str = "") -> None:
+    """Fill a whole model, not yet given to DeepSpeed, parameter by parameter.
+
+    prefix: what stands before its parameters' names there, if it was a part of what was saved.
+    """
     for name, parameter in model.named_parameters():
-        parameter.copy_(saved.read(WEIGHT, Piece(name, 0), parameter.numel()).view_as(parameter))
+        parameter.copy_(saved.read(WEIGHT, Piece(prefix + name, 0), parameter.numel()).view_as(parameter))
 
 
 @torch.no_grad()
@@ -195,6 +199,9 @@ def load_optimizer(engine: Any, saved: SavedState, steps: int) -> None:
     held = list(_held(engine))
     for master in dict.fromkeys(one.master for one in held):
         engine.basic_optimizer.state[master] = _blank_state(engine.basic_optimizer, master, steps)
+    if type(engine.basic_optimizer).__module__.startswith("apex."):
+        for group in engine.basic_optimizer.param_groups:
+            group["step"] = steps
     for kind, pieces in state_of(engine, held).items():
         for piece, values in pieces.items():
             values.copy_(saved.read(kind, piece, len(values)))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from mug.run.training import checkpoint
 from mug.run.training.checkpoint import Checkpoint
-from mug.run.training.errors import Diverged
 
 WINDOW = 32  # logged losses that a new one is compared with
 LEAST = 8  # of them that there must be
@@ -32,18 +31,18 @@ class SpikeAlarm:
         return spike
 
 
-def rewind(output: Path, checkpoints: int, step: int, next_position: int, keep: int) -> Checkpoint:
+def rewind(output: Path, checkpoints: int, step: int, next_position: int, keep: int) -> Checkpoint | None:
     """Commit a checkpoint of `step` with the state of an earlier one, and the positions between as skipped.
 
     The run that is started from it goes on at `next_position`. Returns the earlier one, the newest but
-    `checkpoints` - 1, or the oldest there is.
+    `checkpoints` - 1, or the oldest there is; None if there is none yet.
 
     Raises:
-        Diverged: there is no checkpoint yet.
+        RunError: that one is damaged.
     """
     folders = checkpoint.list_folders(output)
     if not folders:
-        raise Diverged(f"the loss of step {step} is a spike (safety.spike_factor), and there is no checkpoint yet")
+        return None
     found = checkpoint.verify(folders[min(checkpoints, len(folders)) - 1])
     data = found.manifest["data"]
     skipped = [*data["skipped"], [data["next_position"], next_position]]

@@ -103,6 +103,7 @@ class Watch:
         if status == RESTART:
             line += "; the same command goes on from the newest checkpoint"
             if int(os.environ["LOCAL_RANK"]) <= 1 if speaks is None else speaks:
+                self.console.close()
                 self.console.fail(f"error: {line}")
         print(line, file=sys.stderr)  # into the log
         leave(status)

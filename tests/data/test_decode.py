@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -264,7 +265,8 @@ print(sorted(name for name in sys.modules if name.endswith("ImagePlugin")))
 """
     data = [encode(pair, "MPO", save_all=True, append_images=[pair]), encode(PIXELS), encode(PIXELS, "TIFF")]
     assert Image.open(io.BytesIO(data[0])).format == "MPO"
-    run = subprocess.run([sys.executable, "-c", code], input=repr(data), capture_output=True, text=True)
+    here = Path(__file__).parent  # of `pictures`
+    run = subprocess.run([sys.executable, "-c", code], cwd=here, input=repr(data), capture_output=True, text=True)
     colours, plugins = run.stdout.splitlines()
     assert np.abs(np.array(eval(colours)[0]) - (0, 255, 255)).max() <= 2 and not run.stderr
     assert eval(plugins) == [f"PIL.{n}ImagePlugin" for n in ("Bmp", "Gif", "Jpeg", "Png", "Tiff", "WebP")]

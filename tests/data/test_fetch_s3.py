@@ -1,5 +1,6 @@
 """The S3 protocol, spoken by moto's server on loopback behind a proxy that injects faults."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -10,14 +11,17 @@ from pathlib import Path
 import boto3
 import numpy as np
 import pytest
-import s3fs  # noqa: F401  (fsspec imports it by name)
+import s3fs
 from faulty_server import Fault, Server, broken, etag, fine, proxy, short, status
 from moto.server import ThreadedMotoServer
 
 from mug.data import fetch as fetch_module
 from mug.data import remote
+from mug.data.build import index_for
+from mug.data.config import DataConfig
 from mug.data.errors import DataError
 from mug.data.fetch import Fetch, FetchConfig
+from mug.data.stream import Share, open_train
 
 SIZE = 200_000
 PIECE = 60_000
@@ -59,6 +63,7 @@ def server(moto, monkeypatch):
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        s3fs.S3FileSystem.clear_instance_cache()  # of another server
         yield server
 
 
@@ -210,7 +215,8 @@ import sys
 from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 from mug.data.fetch import Fetch, FetchConfig
-from mug.data.stream import worker_settings
+from mug.data.stream import Share, open_train
+from mug.data.loader import worker_settings
 
 class Samples(Dataset):
     def __init__(self, fetch, size): self.fetch, self.size = fetch, size
@@ -238,3 +244,39 @@ def test_the_workers_of_a_data_loader_share_the_cache(server, moto, tmp_path):
     assert done.stdout == b"".join(contents(shard) for shard in range(SHARDS))
     assert [starts(server, shard) for shard in range(SHARDS)] == [[0]] * SHARDS
     assert len(list((tmp_path / "cache").iterdir())) == SHARDS
+
+
+@pytest.mark.parametrize("ranged", [True, False])
+def test_the_stream_of_a_store_is_that_of_the_disk(server, moto, tmp_path, make_shards, tokenizer_file, ranged):
+    """Two ranks, faults on every shard while it is trained on: the same samples in the same order."""
+    paths = make_shards(tmp_path / "pairs", [12, 9, 16, 11])
+    client = boto3.client("s3", endpoint_url=moto[0])  # past the proxy, which only reads
+    for path in paths:
+        client.put_object(Bucket="bucket", Key=f"pairs/{ranged}/{path.name}", Body=path.read_bytes())
+    expected = steps_of(f"{tmp_path}/pairs/*.tar", tokenizer_file, tmp_path)
+    shards = f"s3://bucket/pairs/{ranged}/*.tar"
+    index_for(shards, tmp_path / "cache")
+    for path in paths:
+        key = f"/bucket/pairs/{ranged}/{path.name}"
+        server.faults["GET", key] += [*BUSY, broken("close"), broken("reset"), short]
+        server.faults["HEAD", key] += [fine, *BUSY]
+    remote = "ranged" if ranged else "cache"
+    assert steps_of(shards, tokenizer_file, tmp_path, remote) == expected
+    assert all(not waiting for waiting in server.faults.values())  # each of them has struck
+
+
+def steps_of(shards: str, tokenizer: Path, folder: Path, remote: str = "cache") -> list[list[tuple]]:
+    """(position, bytes of the image, tokens) of 5 steps of 24 samples, of two ranks in turn: two epochs and a half."""
+    config = DataConfig(
+        shards=shards, tokenizer=str(tokenizer), cache=str(folder / "cache"), workers=0, remote=remote, retry_seconds=20
+    )
+    streams = [open_train(config, 0, image_size=16, text_length=8, share=Share(24, 6, rank, 2)) for rank in range(2)]
+    return [
+        [
+            (int(position), image.numpy().tobytes(), tuple(tokens.tolist()))
+            for micro_batches in ranks
+            for batch in micro_batches
+            for image, tokens, position in zip(batch["image"], batch["tokens"], batch["position"], strict=True)
+        ]
+        for ranks in itertools.islice(zip(*streams, strict=True), 5)
+    ]

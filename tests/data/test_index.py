@@ -25,8 +25,8 @@ from mug.data import build, samples
 from mug.data.build import build_index, index_for
 from mug.data.errors import DataError
 from mug.data.index import Index
-from mug.data.writers import write_tar
 from mug.data.sources import expand
+from mug.data.writers import write_tar
 
 
 def names(patterns) -> list[str]:

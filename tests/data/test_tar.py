@@ -84,6 +84,7 @@ def test_damage_is_refused_or_does_not_matter(noise, at):
 
 def test_many_batches_and_bodies(monkeypatch):
     monkeypatch.setattr(tar, "BATCH", 7)
+    monkeypatch.setattr(tar, "WIDE", 4096)  # a batch ends with what was read at once
     members = [(f"{i:05d}.jpg", bytes([i]) * (i * 37)) for i in range(100)]
     data = make(members, "pax", mtime=0.5)
     assert scan(data) == oracle(data)

@@ -25,5 +25,6 @@ def poisoned(self: MUG, batch: dict[str, Tensor]):
 
 if __name__ == "__main__":
     MUG.forward = poisoned
-    sys.argv.pop(0)
+    launched = sys.argv[1:]  # DeepSpeed's launcher puts an option of its own before the script
+    sys.argv = sorted(launched, key=lambda argument: not argument.startswith("run/"))
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,5 +1,7 @@
 """One run whose number of ranks, and ZeRO stage, change on the way."""
 
+import itertools
+
 import pytest
 from launch import TOY, losses, pretrain, rows, torchrun
 
@@ -22,25 +24,50 @@ LEGS = {
 def leg(output, ranks: int, stage: int, steps: int, *options: str) -> str:
     config = f"ds_configs/zero{stage}.json"
     maximum = ("--trainer.max_steps", str(steps))
-    done = pretrain(output, *OPTIONS, *maximum, *options, launcher=torchrun(ranks), config=config)
+    launcher = [*torchrun(ranks), "tests/end_to_end/witness.py"]
+    done = pretrain(output, *OPTIONS, *maximum, *options, launcher=launcher, config=config)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+@pytest.fixture(autouse=True)
+def witnessed(tmp_path, monkeypatch):
+    """A file for each rank, of the positions that it trains on: a micro-batch a line."""
+    folder = tmp_path / "witnessed"
+    folder.mkdir()
+    monkeypatch.setenv("WITNESS", str(folder))
+    return folder
+
+
+def take_positions(witnessed, ranks: int) -> list[list[int]]:
+    """What each rank has trained on since the last time."""
+    files = [witnessed / f"rank-{rank}" for rank in range(ranks)]
+    positions = [[int(word) for word in file.read_text().split()] for file in files]
+    for file in files:
+        file.unlink()
+    assert not list(witnessed.iterdir())
+    return positions
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed") / "run"
-    leg(output, ranks=1, stage=0, steps=4 * STEPS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WITNESS", str(output.parent))
+        leg(output, ranks=1, stage=0, steps=4 * STEPS)
     return losses(output)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("legs", LEGS.values(), ids=LEGS)
-def test_4_to_2_to_3_to_1_ranks(tmp_path, undisturbed, legs):
+def test_4_to_2_to_3_to_1_ranks(tmp_path, witnessed, undisturbed, legs):
     """That what is loaded is what was saved, each start proves by the digests in the manifest, or refuses."""
     for number, (ranks, stage) in enumerate(legs, 1):
         said = leg(tmp_path, ranks, stage, number * STEPS)
         assert number == 1 or f"going on after step {(number - 1) * STEPS}" in said
+        positions = take_positions(witnessed, ranks)
+        assert all(mine == sorted(mine) for mine in positions)
+        assert sorted(itertools.chain(*positions)) == list(range((number - 1) * STEPS * BATCH, number * STEPS * BATCH))
     curve = losses(tmp_path)
     assert [row["position"] for row in curve] == [BATCH * step for step in range(1, 4 * STEPS + 1)]
     for mine, other in zip(curve, undisturbed, strict=True):

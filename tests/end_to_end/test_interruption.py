@@ -1,6 +1,7 @@
 """One rank is asked to end, or is killed: what the others do, what is said, and what the exit status is."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,7 +44,10 @@ class Job:
         for process in [found, *found.children(recursive=True)]:
             if SCRIPT[0] in process.cmdline() and process.environ().get("RANK") == str(rank):
                 return process
-        raise AssertionError(f"no rank {rank}: {self.said.read_text()}")
+        raise AssertionError(f"no rank {rank}: {self.text()}")
+
+    def text(self) -> str:
+        return self.said.read_text()
 
     def wait(self, seconds: float) -> int:
         return self.process.wait(seconds)
@@ -84,7 +88,7 @@ def test_one_rank_is_asked_to_end(tmp_path, undisturbed, number):
     found = checkpoint.newest(output, warn=pytest.fail)
     assert found.step < STEPS and len(found.manifest["files"]) == 7  # three of each rank, and the tokenizer
     line = f"{number.name}: step {found.step} is saved; the same command goes on from there"
-    assert line in ranks[0].said.read_text() and not ranks[1].said.read_text()
+    assert line in ranks[0].text() and not ranks[1].text()
     done = pretrain(output, *OPTIONS, launcher=torchrun(2))
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"going on after step {found.step}" in done.stdout
@@ -99,7 +103,7 @@ def test_a_launcher_and_all_below_it_are_asked_to_end(tmp_path):
     job.process.terminate()
     job.wait(40)
     found = checkpoint.newest(job.output, warn=pytest.fail)
-    assert f"SIGTERM: step {found.step} is saved" in job.said.read_text()
+    assert f"SIGTERM: step {found.step} is saved" in job.text()
     assert "Traceback (most recent call last)" not in (job.output / "logs" / "rank0.log").read_text()
 
 
@@ -110,7 +114,7 @@ def test_the_deepspeed_launcher_hands_on_the_exit_status(tmp_path):
     job.rank(1).send_signal(signal.SIGUSR1)
     assert job.wait(40) == 75
     found = checkpoint.newest(job.output, warn=pytest.fail)
-    assert f"SIGUSR1: step {found.step} is saved" in job.said.read_text()
+    assert f"SIGUSR1: step {found.step} is saved" in job.text()
 
 
 @pytest.mark.slow
@@ -126,7 +130,22 @@ def test_a_rank_is_killed(tmp_path, launcher):
     print(f"all ranks had ended {time.monotonic() - begin:.1f} s after the kill")
     assert codes == ([75, -signal.SIGKILL, 75] if not launcher else codes) and 0 not in codes
     line = f"error: rank 1 (host {os.uname().nodename}, pid {victim.pid}, step"
-    lines = [text for text in jobs[0].said.read_text().splitlines() if text.startswith("error: ")]
+    lines = [text for text in jobs[0].text().splitlines() if text.startswith("error: ")]
     assert len(lines) == 1 and lines[0].startswith(line) and "is gone: its process ended" in lines[0]
     for rank in (0, 2):
         assert line.removeprefix("error: ") in (output / "logs" / f"rank{rank}.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_rank_that_falls_silent_is_not_waited_for(tmp_path):
+    """As when its machine is gone: nothing closes the connection."""
+    ranks = start_ranks(tmp_path / "run", 2)
+    wait_for_rows(tmp_path / "run", 4)
+    ranks[1].process.send_signal(signal.SIGSTOP)
+    begin = time.monotonic()
+    assert ranks[0].wait(60) == 75
+    print(f"rank 0 had ended {time.monotonic() - begin:.1f} s after rank 1 was stopped")
+    pid = ranks[1].process.pid
+    assert re.search(rf"error: nothing was heard of rank 1 \(host \S+, pid {pid}, step .*\) for 40 s", ranks[0].text())
+    ranks[1].process.kill()
+    ranks[1].wait(20)

@@ -29,6 +29,7 @@ CASES = {
     "image not a multiple of the patch": (["--model.image_size", "60"], "model.image_size 60"),
     "unknown preset": (["--model.preset", "giant"], "giant"),
     "unknown loss": (["--loss_weights", "{pixels: 1, captions: 1}"], "captions"),
+    "no apex": (["--trainer.apex_adam", "true"], "trainer.apex_adam: apex.optimizers cannot be imported"),
     "missing recipe": (["--config", "nothing.yaml"], "nothing.yaml"),
 }
 

@@ -18,19 +18,6 @@ needs_interpreter = pytest.mark.skipif(HAS_GPU, reason="on a GPU Triton does not
 HALVES = [torch.float16, pytest.param(torch.bfloat16, marks=needs_gpu)]
 
 
-@pytest.fixture(autouse=True)
-def interpreter_that_loops_to_a_runtime_bound(monkeypatch):
-    """Triton 3.6 and 3.7 turn a loop's bound, an array of one element, into an int; numpy 2.4 refuses that."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    patch = interpreter._patch_lang_tensor
-
-    def patch_and_mend(tensor, *scope):
-        patch(tensor, *scope)
-        tensor.__index__ = lambda self: int(self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_mend)
-
-
 @dataclass
 class Case:
     """q, k, v and the gradient of the output, dense or packed, with the options of the call."""

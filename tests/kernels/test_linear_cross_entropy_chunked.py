@@ -1,4 +1,4 @@
-"""The chunked caption head against float64 and the eager reference."""
+"""The caption head in chunks, in PyTorch and with its Triton kernel, against float64 and the eager reference."""
 
 import math
 
@@ -12,7 +12,23 @@ from mug.kernels.linear_cross_entropy import linear_cross_entropy
 
 PAD = 3
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-device = pytest.fixture(lambda: "cuda" if torch.cuda.is_available() else "cpu", name="device")
+HAS_GPU = torch.cuda.is_available()
+needs_interpreter = pytest.mark.skipif(HAS_GPU, reason="on a GPU Triton does not take CPU tensors")
+
+
+@pytest.fixture(params=["chunked", "triton"])
+def backend(request, device, monkeypatch) -> str:
+    """With blocks so small that the kernel goes around its loops more than once."""
+    if request.param == "triton":
+        from mug.kernels import linear_cross_entropy_triton as kernels
+
+        monkeypatch.setattr(kernels, "BLOCK", 256)
+    return request.param
+
+
+def skip_what_the_interpreter_rounds_wrongly(backend, dtype):
+    if backend == "triton" and dtype == torch.bfloat16 and not HAS_GPU:
+        pytest.skip("the interpreter rounds bf16 wrongly")
 
 
 def make(device, N=23, D=16, V=61, dtype=torch.float32, padding=0.3):
@@ -22,11 +38,17 @@ def make(device, N=23, D=16, V=61, dtype=torch.float32, padding=0.3):
     return [hidden.to(device, dtype), weight.to(device, dtype), target.to(device)]
 
 
+def budget_of(rows, weight, backend):
+    """Bytes of so many rows of logits, which are padded to 64."""
+    half = 2 if backend == "triton" else 8
+    return rows * -(-len(weight) // 64) * 64 * (4 if weight.dtype == torch.float32 else half)
+
+
 def results(example, backend, grad_output=1.0, rows=5, **options):
     """(loss, accuracy, gradient by hidden, by weight); chunks of `rows` rows."""
     hidden, weight, target = example
     hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
-    budget = rows * len(weight) * (4 if hidden.dtype == torch.float32 else 8)
+    budget = budget_of(rows, weight, backend)
     loss, accuracy = linear_cross_entropy(
         hidden, weight, target, ignore_index=PAD, memory_budget=budget, backend=backend, **options
     )
@@ -44,15 +66,16 @@ def exact(example, grad_output, label_smoothing=0.0, z_loss=0.0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(23, 16, 61), (1, 65, 5), (64, 32, 1023)], ids=str)
+@pytest.mark.parametrize("shape", [(23, 16, 61), (1, 65, 5), (9, 32, 1023)], ids=str)
 @pytest.mark.parametrize(
     "options", [{}, {"label_smoothing": 0.1}, {"z_loss": 1e-2}, {"label_smoothing": 0.2, "z_loss": 1e-3}]
 )
 @pytest.mark.parametrize("grad_output", [1.0, -37.3])
-def test_as_near_to_float64_as_eager(device, fresh_seed, dtype, shape, options, grad_output):
+def test_as_near_to_float64_as_eager(device, backend, fresh_seed, dtype, shape, options, grad_output):
+    skip_what_the_interpreter_rounds_wrongly(backend, dtype)
     example = make(device, *shape, dtype=dtype)
     truth = exact(example, grad_output, **options)
-    ours, _, *our_gradients = results(example, "chunked", grad_output, **options)
+    ours, _, *our_gradients = results(example, backend, grad_output, **options)
     eagers, _, *eager_gradients = results(example, "reference", grad_output, **options)
     assert ours.dtype == torch.float32 and [x.dtype for x in our_gradients] == [dtype, dtype]
     assert (ours - truth[0]).abs() <= 2 * (eagers - truth[0]).abs() + 2**-21 * truth[0].abs()
@@ -63,17 +86,17 @@ def test_as_near_to_float64_as_eager(device, fresh_seed, dtype, shape, options, 
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 1000])
-def test_the_chunk_does_not_matter(device, fresh_seed, rows):
+def test_the_chunk_does_not_matter(device, backend, fresh_seed, rows):
     example = make(device)
-    for x, expected in zip(results(example, "chunked", rows=rows), results(example, "reference"), strict=True):
+    for x, expected in zip(results(example, backend, rows=rows), results(example, "reference"), strict=True):
         torch.testing.assert_close(x, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_no_product_is_larger_than_the_budget(device, fresh_seed, monkeypatch):
-    seen, linear = [], F.linear
-    monkeypatch.setattr(F, "linear", lambda x, w: seen.append(len(x)) or linear(x, w))
+def test_no_product_is_larger_than_the_budget(device, backend, fresh_seed, monkeypatch):
+    seen, mm = [], torch.mm
     example = make(device)
-    results(example, "chunked", rows=5)
+    monkeypatch.setattr(torch, "mm", lambda x, w, **options: seen.append(len(x)) or mm(x, w, **options))
+    results(example, backend, rows=5)
     assert max(seen) == 5 and sum(seen) == (example[2] != PAD).sum()
 
 
@@ -87,50 +110,51 @@ def test_auto_takes_the_reference_where_it_fits(monkeypatch, fresh_seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_without_a_kept_row_all_is_zero_and_gradients_are_there(device, dtype):
+def test_without_a_kept_row_all_is_zero_and_gradients_are_there(device, backend, dtype):
+    skip_what_the_interpreter_rounds_wrongly(backend, dtype)
     hidden, weight, target = make(device, dtype=dtype)
-    loss, accuracy, *gradients = results((hidden, weight, torch.full_like(target, PAD)), "chunked")
+    loss, accuracy, *gradients = results((hidden, weight, torch.full_like(target, PAD)), backend)
     assert loss == 0 and accuracy == 0
     assert torch.equal(gradients[0], torch.zeros_like(hidden)) and torch.equal(gradients[1], torch.zeros_like(weight))
 
 
-def test_ignored_rows_may_hold_anything(device, fresh_seed):
+def test_ignored_rows_may_hold_anything(device, backend, fresh_seed):
     hidden, weight, target = make(device)
-    expected = results((hidden, weight, target), "chunked")
+    expected = results((hidden, weight, target), backend)
     hidden[target == PAD] = torch.nan
-    for x, y in zip(results((hidden, weight, target), "chunked"), expected, strict=True):
+    for x, y in zip(results((hidden, weight, target), backend), expected, strict=True):
         assert torch.equal(x, y)
     assert (expected[2][target == PAD] == 0).all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_nan_and_infinity_propagate(device, fresh_seed, value):
+def test_nan_and_infinity_propagate(device, backend, fresh_seed, value):
     hidden, weight, target = make(device)
     hidden[0, 0] = value
-    loss, _, grad_hidden, _ = results((hidden, weight, target), "chunked")
+    loss, _, grad_hidden, _ = results((hidden, weight, target), backend)
     assert not loss.isfinite() and not grad_hidden[0].isfinite().all()
 
 
-def test_large_logits_stay_finite(device):
+def test_large_logits_stay_finite(device, backend):
     example = (
         torch.eye(4, device=device) * 1e4,
         torch.eye(4, device=device),
         torch.tensor([0, 1, 2, 0], device=device),
     )
-    loss, accuracy, *gradients = results(example, "chunked")
+    loss, accuracy, *gradients = results(example, backend)
     assert loss.item() == pytest.approx(1e4 / 4) and accuracy == 0.75 and all(x.isfinite().all() for x in gradients)
 
 
-def test_without_need_of_them_no_gradients_are_computed(device, fresh_seed, monkeypatch):
+def test_without_need_of_them_no_gradients_are_computed(device, backend, fresh_seed, monkeypatch):
     hidden, weight, target = make(device)
-    expected = results((hidden, weight, target), "chunked")
+    expected = results((hidden, weight, target), backend)
     weight.requires_grad_()
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(module, "_add_product_", lambda *_: pytest.fail("computed"))
-        loss, accuracy = linear_cross_entropy(hidden, weight, target, ignore_index=PAD, backend="chunked")
+        loss, accuracy = linear_cross_entropy(hidden, weight, target, ignore_index=PAD, backend=backend)
     torch.testing.assert_close((loss, accuracy), expected[:2])
     hidden.requires_grad_(), weight.requires_grad_(False)
-    linear_cross_entropy(hidden, weight, target, ignore_index=PAD, backend="chunked")[0].backward()
+    linear_cross_entropy(hidden, weight, target, ignore_index=PAD, backend=backend)[0].backward()
     torch.testing.assert_close(hidden.grad, expected[2])
 
 
@@ -153,13 +177,13 @@ def test_torch_compile_sees_one_graph(device, fresh_seed, compiler, dtype):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing(device, fresh_seed, use_reentrant):
+def test_activation_checkpointing(device, backend, fresh_seed, use_reentrant):
     example = make(device)
-    expected = results(example, "chunked", rows=1000)
+    expected = results(example, backend, rows=1000)
     hidden, weight = (x.clone().requires_grad_() for x in example[:2])
 
     def head(hidden):
-        return linear_cross_entropy(hidden, weight, example[2], ignore_index=PAD, backend="chunked")
+        return linear_cross_entropy(hidden, weight, example[2], ignore_index=PAD, backend=backend)
 
     loss, _ = checkpoint(head, hidden, use_reentrant=use_reentrant)
     loss.backward()
@@ -167,36 +191,95 @@ def test_activation_checkpointing(device, fresh_seed, use_reentrant):
     assert torch.equal(hidden.grad, expected[2]) and torch.equal(weight.grad, expected[3])
 
 
-def test_autocast_multiplies_in_half_precision(device, fresh_seed):
+def test_autocast_multiplies_in_half_precision(device, backend, fresh_seed):
     example = make(device)
-    with torch.autocast(device, torch.bfloat16):
-        ours = results(example, "chunked")
+    dtype = torch.bfloat16 if HAS_GPU or backend == "chunked" else torch.float16
+    with torch.autocast(device, dtype):
+        ours = results(example, backend)
     assert ours[2].dtype == ours[3].dtype == torch.float32
-    expected = results([x.bfloat16() for x in example[:2]] + example[2:], "chunked")
+    expected = results([x.to(dtype) for x in example[:2]] + example[2:], backend)
     torch.testing.assert_close(ours[0], expected[0])
 
 
-def test_small_gradients_in_fp16_survive_a_large_loss_scale(device, fresh_seed):
-    example = make(device, N=4000, V=61, D=16, dtype=torch.float16)
+def test_small_gradients_in_fp16_survive_a_large_loss_scale(device, backend, fresh_seed):
+    example = make(device, N=500, V=61, D=16, dtype=torch.float16)
     _, expected, _ = exact(example, 2.0**15)
-    _, _, gradient, _ = results(example, "chunked", 2.0**15, rows=1000)
+    _, _, gradient, _ = results(example, backend, 2.0**15, rows=1000)
     assert (gradient.double() - expected).abs().max() < 5e-3 * expected.abs().max()
 
 
-def test_the_operator_is_registered_as_torch_library_wants_it(device, fresh_seed):
+def test_the_operator_is_registered_as_torch_library_wants_it(device, backend, fresh_seed):
     hidden, weight, target = make(device)
-    arguments = (hidden.requires_grad_(), weight.requires_grad_(), target, PAD, 0.0, 0.0, 1000, True, True)
+    arguments = (hidden.requires_grad_(), weight.requires_grad_(), target, PAD, 0.0, 0.0, 1000, backend == "triton")
+    arguments += (True, True)
     torch.library.opcheck(torch.ops.mug.linear_cross_entropy, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_what_is_wrong_is_named():
     hidden, weight, target = make("cpu")
-    with pytest.raises(ValueError, match="backend='liger' is not one of auto, chunked, reference"):
+    with pytest.raises(ValueError, match=r"backend='liger' is not one of auto, triton, chunked, reference"):
         linear_cross_entropy(hidden, weight, target, ignore_index=PAD, backend="liger")
-    with pytest.raises(ValueError, match=r"cannot serve hidden torch.float64 with weight torch.float32"):
+    with pytest.raises(ValueError, match=r"cannot serve this call: hidden is torch.float64, weight torch.float32"):
         linear_cross_entropy(hidden.double(), weight, target, ignore_index=PAD, backend="chunked")
+    with pytest.raises(ValueError, match=r"target is torch.int32, not torch.int64"):
+        linear_cross_entropy(hidden, weight, target.int(), ignore_index=PAD)
     for value in (-1, 61):
         target[5] = value
         with pytest.raises(ValueError, match=f"target holds {value}, the vocabulary has 61"):
             linear_cross_entropy(hidden, weight, target, ignore_index=PAD)
     assert math.isfinite(linear_cross_entropy(hidden, weight, target, ignore_index=61)[0].item())
+
+
+@needs_interpreter
+def test_triton_on_cpu_needs_the_interpreter(monkeypatch, device):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match=r'backend="triton" .* hidden is on cpu, which needs TRITON_INTERPRET=1'):
+        results(make("cpu"), "triton")
+
+
+@pytest.mark.parametrize("value", [-1, 61, 2**40])
+def test_a_target_out_of_range_makes_the_loss_nan_and_touches_nothing_beyond(device, monkeypatch, value):
+    monkeypatch.setattr(module, "_check", lambda *_: None)  # as on CUDA, where the host does not look
+    example = make(device, padding=0.0)
+    expected = results(example, "triton")
+    example[2][3] = value
+    loss, _, grad_hidden, _ = results(example, "triton")
+    assert loss.isnan()
+    others = torch.arange(23, device=device) != 3
+    torch.testing.assert_close(grad_hidden[others], expected[2][others])
+
+
+def test_the_kernel_writes_every_logit_and_nothing_beyond(device, backend):
+    V, stride = 541, 576
+    buffer = torch.full((5, stride), 777.0, device=device)
+    logits = buffer[1:4, :V]  # what stands to the right of it is padding
+    logits.copy_(torch.randn(3, V))
+    target = torch.tensor([0, V - 1, 300], device=device)
+    x = logits.clone().requires_grad_()
+    loss = F.cross_entropy(x, target, reduction="none", label_smoothing=0.1)
+    loss.sum().backward()
+    loss_R, hit_R = module._loss_to_gradient_(backend == "triton")(logits, target, 0.1, 0.0, 2.0, True)
+    torch.testing.assert_close(loss_R, loss)
+    assert torch.equal(hit_R.bool(), x.argmax(1) == target)
+    torch.testing.assert_close(logits, 2 * x.grad, atol=1e-6, rtol=1e-5)
+    assert (buffer[[0, 4]] == 777).all()
+
+
+def test_a_target_among_the_largest_is_a_hit(device, backend):
+    logits = torch.zeros(3, 64, device=device)
+    logits[:, [7, 40]] = 1.5
+    target = torch.tensor([7, 40, 3], device=device)
+    _, hit_R = module._loss_to_gradient_(backend == "triton")(logits, target, 0.0, 0.0, 1.0, False)
+    assert hit_R.tolist() == [1, 1, 0]
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("V", [30522, 50304, 250_002])
+def test_the_vocabularies_of_tokenizers_on_a_gpu(device, fresh_seed, V):
+    example = make(device, 512, 64, V, dtype=torch.bfloat16)
+    truth = exact(example, 1.0)
+    for ours, eager, expected in zip(
+        results(example, "triton", rows=100)[2:], results(example, "reference")[2:], truth[1:], strict=True
+    ):
+        error, eager_error = ((x.double() - expected).square().mean().sqrt() for x in (ours, eager))
+        assert error <= 2 * eager_error

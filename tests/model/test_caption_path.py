@@ -92,6 +92,34 @@ def test_cached_decoding_equals_the_whole_sequence_at_every_step(make_model, mak
         )
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("words", [[22, 22], [22, 1, 7, None]], ids=["full", "padded"])
+def test_captions_packed_end_to_end_give_the_states_and_gradients_of_each_alone(tiny, make_batch, words, causal):
+    batch = make_batch(tiny, words)
+    lengths = (batch["tokens"] != tiny.vocabulary.pad).sum(1)
+    memory = torch.randn(len(words), 5, tiny.config.width, generator=torch.Generator().manual_seed(0))
+    memory.requires_grad_()
+    leaves = [memory, *tiny.text_decoder.parameters()]
+    packed = tiny.text_decoder(batch["tokens"], memory, causal=causal, lengths_B=lengths)
+    # A row of padding alone keeps one token.
+    assert all((packed[b, max(n, 1) :] == 0).all() for b, n in enumerate(lengths))
+    gradients = torch.autograd.grad(
+        sum(packed[b, :n].sin().sum() for b, n in enumerate(lengths)), leaves, allow_unused=True
+    )
+    alone = [
+        tiny.text_decoder(batch["tokens"][b : b + 1, :n], memory[b : b + 1], causal=causal)[0]
+        for b, n in enumerate(lengths) if n
+    ]  # fmt: skip
+    kept = [packed[b, :n] for b, n in enumerate(lengths) if n]
+    torch.testing.assert_close(kept, alone, atol=2e-5, rtol=0)
+    expected = torch.autograd.grad(sum(x.sin().sum() for x in alone), leaves, allow_unused=True)
+    for gradient, truth in zip(gradients, expected, strict=True):
+        if truth is None:
+            assert gradient is None
+        else:
+            torch.testing.assert_close(gradient, truth, atol=1e-4, rtol=1e-4)
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("captioning", ["autoregressive", "masked-language"])
 def test_bfloat16_losses_stay_near_fp32(make_model, make_batch, captioning):

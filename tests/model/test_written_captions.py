@@ -81,6 +81,31 @@ def test_as_many_beams_as_captions_find_the_best_of_all(sharp, seed):
     assert not torch.equal(greedy(model, memory), best)
 
 
+def beams_by_hand(model, memory, beams: int) -> list[int]:
+    """One image's caption: lists of (tokens, log-probability), the whole caption run through the model at each step."""
+    hypotheses = [([model.vocabulary.bos], 0.0)]
+    for _ in range(model.config.text_length - 1):
+        longer = []
+        for tokens, log_p in hypotheses:
+            if tokens[-1] == model.vocabulary.eos:
+                longer.append((tokens, log_p))
+                continue
+            step_V = step_log_p(model, torch.tensor([tokens]), memory)[0, -1]
+            longer += [([*tokens, token], log_p + step.item()) for token, step in enumerate(step_V)]
+        hypotheses = sorted(longer, key=lambda hypothesis: -hypothesis[1])[:beams]
+    return max(hypotheses, key=lambda hypothesis: hypothesis[1] / (len(hypothesis[0]) - 1))[0]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("beams", [2, 4])
+def test_beams_are_those_of_a_search_over_lists(sharp, beams):
+    model = sharp()
+    memory = memory_of(model, 12)
+    found = [[token for token in row if token] for row in beam_search(model, memory, beams).tolist()]
+    assert found == [beams_by_hand(model, memory[b : b + 1], beams) for b in range(12)]
+    assert len({len(caption) for caption in found}) > 1
+
+
 @torch.inference_mode()
 def test_images_do_not_disturb_each_other(sharp):
     model = sharp()

@@ -13,12 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mug.kernels import attention_table
 from mug.model.mug import MUG
 from mug.model.presets import ModelConfig, resolve
 from mug.run import bench_kernels
-from mug.run.benchmarks import kernel_report, model_step
+from mug.run.benchmarks import kernel_report, markdown, model_step
 from mug.run.benchmarks.kernel_ops import attention_work, head_work, patch_work
 from mug.run.benchmarks.kernel_timing import Ceilings, Stopwatch, Timing, Work, Workload, relative_error
+from mug.run.benchmarks.synthetic import VOCABULARY, synthetic_batch
 from mug.run.training.errors import RunError
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +91,7 @@ def test_the_picture_has_a_bar_for_every_contender(benchmark):
     blue, grey = (31, 111, 180), (184, 196, 206)
     bars = [a for a, b in itertools.pairwise(column) if a != b and a in (blue, grey)]
     both = [row for row in rows if row["kind"] == "time" and row["pass"] == "both"]
-    assert bars == [blue if row["contender"] == "chunked" else grey for row in both]
+    assert bars == [blue if row["contender"] == "chunked" else grey for row in both]  # Triton needs a GPU
 
 
 def test_least_work_by_hand():
@@ -103,6 +105,8 @@ def test_least_work_by_hand():
     assert work["backward"] == Work(2 * (4 * 10 + 4 * 15), 300.0)
     assert work["both"] == Work(300, 420.0)
     assert attention_work((1, 4, 4, 1, 5), True, 2)["forward"].flops == 2 * 2 * 4 * 4 * 5 / 2
+    # two sequences of 1 and 3 tokens, packed: 10 pairs, of which the causal mask leaves half
+    assert attention_work((1, 4, 4, 1, 5), True, 2, pairs=10)["forward"] == Work(160, 2 * 2 * 10 * 5 / 2)
 
 
 def test_the_slower_of_memory_and_arithmetic_is_the_roofline():
@@ -147,8 +151,9 @@ def test_our_own_kernels_may_refuse_but_not_be_wrong(kernel, expected):
     rows = bench_kernels.measure(workload, Stopwatch(torch.device("cpu"), 0), Ceilings(1e9, 1e9))
     assert kernel_report.faults(rows) == expected
     assert [row["contender"] for row in rows if row["kind"] == "time"][-3:] == ["other"] * 3
-    table = kernel_report.table("attention", rows)
-    assert table.row_count == 3
+    table, lines = kernel_report.table("attention", rows), kernel_report.skipped(rows)
+    assert table.row_count + len(lines) == 3
+    assert all(line.startswith("skipped at 1 shape(s), N=3: triton: ") for line in lines)
 
 
 def test_relative_error_is_of_the_worst_tensor():
@@ -171,6 +176,37 @@ def test_the_summary_gives_our_shares_and_speed():
     )
 
 
+def test_what_is_fastest_and_right_goes_into_the_table(monkeypatch, tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text('{"measured": {}, "entries": []}')
+    monkeypatch.setattr(attention_table.write_table, "__defaults__", (path,))
+    monkeypatch.setattr(attention_table, "architecture", lambda device: "sm_90")
+    kind = {"head_dim": 64, "tokens": 50, "causal": False, "varlen": False}
+
+    def row(contender, name, milliseconds, right=True, shape="N=50", **changes):
+        names = {"kind": "time", "op": "attention", "shape": shape, "contender": contender, "pass": name}
+        return {**names, "median_ms": milliseconds, "right": right, **kind, **changes}
+
+    rows = [row("triton", "both", 2.0), row("sdpa", "both", 3.0), row("sdpa_flash", "both", 1.0, right=False)]
+    rows += [row("torch.compile", "both", 0.5), row("triton", "forward", 2.0), row("sdpa", "forward", 1.5)]
+    rows += [row("sdpa", "both", 9.0, tokens=257, shape="N=257"), row("triton", "backward", 0.1)]
+    rows += [{"kind": "skipped", "op": "attention"}, row("triton", "both", 1.0, op="masked_patch_loss")]
+    machine = {
+        "device": "H100",
+        "torch": "2",
+        "triton": "3",
+        "date": "2026-11-22",
+        "dtype": "bfloat16",
+        "kind": "machine",
+    }
+    bench_kernels.write_attention_table(rows, machine)
+    key = attention_table.Key("sm_90", True, 64, 64, False, False)
+    expected = {key: "triton", key._replace(training=False): "sdpa", key._replace(tokens=320): "sdpa"}
+    assert attention_table.read_table(path) == expected
+    measured = json.loads(path.read_text())["measured"]["sm_90"]
+    assert measured["device"] == "H100" and "--write-table" in measured["command"]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -178,6 +214,7 @@ def test_the_summary_gives_our_shares_and_speed():
         (["--op", "attention", "model_step"], "--op model_step is not one of .*; or model_step, alone"),
         (["--device", "tpu"], "--device tpu is not one of cuda, cpu"),
         (["--steps", "0"], "--steps must be at least 1, not 0"),
+        (["--write-table", "--device", "cpu"], "--write-table needs --op attention on a GPU"),
     ],
 )
 def test_what_is_wrong_on_the_command_line_is_named(monkeypatch, options, message):
@@ -206,8 +243,8 @@ def test_naive_losses_and_gradients_are_those_of_the_model():
     text = {"text_width": 32, "text_heads": 2, "text_unimodal_layers": 1, "text_cross_layers": 1, "text_length": 8}
     config = resolve(ModelConfig("tiny", image_size=32, **small, **text))
     torch.manual_seed(0)
-    model = MUG(config, model_step.VOCABULARY)
-    batch = model_step.synthetic_batch(config, 2, seed=3)
+    model = MUG(config, VOCABULARY)
+    batch = synthetic_batch(config, VOCABULARY, 2, seed=3)
     gradients = []
     for losses_of in model_step.PATHS.values():
         losses = losses_of(model, batch)
@@ -236,6 +273,7 @@ case "$*" in
   -c*) exit 0 ;;
   "-m pytest "*) echo; echo "7 passed in 1 s" ;;
   *model_step*) echo "losses differ"; exit 1 ;;
+  *markdown*) echo "| table |" ;;
   *) echo "kernels at 90%"; test -n "$PYTHONPATH" ;;
 esac
 """
@@ -248,13 +286,16 @@ def test_gpu_checks_end_with_a_table_and_the_status_of_the_worst_part(tmp_path):
     command = ["run/gpu_checks.sh", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True)
     assert done.returncode == 1
-    table = [line.split(maxsplit=4) for line in done.stdout.splitlines()[-3:]]
+    table = [line.split(maxsplit=4) for line in done.stdout.splitlines()[-5:]]
     assert [(name, verdict, figure) for name, verdict, _, _, figure in table] == [
         ("tests", "PASS", "7 passed in 1 s"),
         ("kernels", "PASS", "kernels at 90%"),
-        ("model", "FAIL", "losses differ"),
+        ("losses", "FAIL", "losses differ"),
+        ("speed", "PASS", "kernels at 90%"),
+        ("compiled", "PASS", "kernels at 90%"),
     ]
     assert (tmp_path / "out" / "tests.log").read_text() == "\n7 passed in 1 s\n"
+    assert (tmp_path / "out" / "benchmarks.md").read_text() == "| table |\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -263,3 +304,18 @@ def test_gpu_checks_without_a_gpu_say_so(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "finds no GPU" in done.stderr
+
+
+def test_markdown_sets_our_attention_beside_the_fastest_of_pytorch():
+    def row(contender, milliseconds, **changes):
+        names = {"kind": "time", "op": "attention", "pass": "both", "shape": "N=50", "contender": contender}
+        rates = {"tflops": 1.0, "gbytes_per_s": 2.0, "roofline": 0.5, "peak_mb": None, "right": True}
+        return {**names, "median_ms": milliseconds, **rates, **changes}
+
+    rows = [row("triton", 1.0), row("sdpa", 3.0), row("sdpa_flash", 1.5), row("reference", 9.0)]
+    rows += [row("sdpa_cudnn", 0.1, right=False), row("flash_attn", 1.25), row("sdpa", 7.0, shape="N=577")]
+    rows += [row("triton", 2.0, op="masked_patch_loss"), row("reference", 5.0, op="masked_patch_loss")]
+    lines = list(markdown.tables(rows))
+    assert "| N=50 | 1.000 | 50% | sdpa_flash | 1.500 | 1.50 | flash_attn | 1.250 |" in lines
+    assert "| N=577 |  |  | sdpa | 7.000 |  |  |  |" in lines
+    assert "| N=50 | triton | 2.000 | 1 | 2 | 50% |  | 2.50 |" in lines

@@ -106,7 +106,7 @@ def test_a_save_after_falling_back_keeps_the_good_and_drops_the_damaged(tmp_path
     assert newest_step(tmp_path) == 3
 
 
-CALLS = [(checkpoint, name, call) for name in ("_seal", "_write_text", "_sync_folder", "_prune") for call in (1, 2, 3)]
+CALLS = [(checkpoint, name, call) for name in ("seal", "_write_text", "_sync_folder", "_prune") for call in (1, 2, 3)]
 CALLS += [(saver, "write_pieces", call) for call in (1, 3)] + [(saver, "_copy", 1), (checkpoint, "open_partial", 1)]
 
 

@@ -14,10 +14,10 @@ from mug.run.training.errors import RunError
 def features(seed: int, count: int, classes: int = 4, width: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
     """Overlapping classes, far from the origin and on scales from 0.01 to 100."""
     random, world = np.random.default_rng(seed), np.random.default_rng(0)
-    centres, mixing = world.normal(size=(classes, width)), world.normal(size=(width, width)) / 3
+    centres = world.normal(size=(classes, width))
     scale, shift = 10.0 ** world.uniform(-2, 2, width), world.normal(size=width)
     labels = random.integers(classes, size=count)
-    x = (centres[labels] + random.normal(size=(count, width)) @ mixing * 2 + 3 * shift) * scale
+    x = (centres[labels] + 1.5 * random.normal(size=(count, width)) + 3 * shift) * scale
     return torch.tensor(x, dtype=torch.float32), torch.tensor(labels)
 
 

@@ -2,7 +2,9 @@
 
 import json
 import math
+import time
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +14,8 @@ from mug.model.presets import ModelConfig, Vocabulary, resolve
 from mug.run.training import hardware
 from mug.run.training.engine import parameter_groups
 from mug.run.training.losses import Means, shares, total_loss
-from mug.run.training.metrics import MetricsWriter
+from mug.run.training.metrics import Clock, MetricsWriter
+from mug.run.training.phases import Phases
 from mug.run.training.schedule import CosineSchedule
 
 
@@ -75,3 +78,41 @@ def test_metrics_of_steps_after_the_resumed_one_are_dropped(tmp_path):
         metrics.write("train", 3, {"loss/total": 0.25})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["loss/total"]) for row in rows] == [(1, 1.0), (2, 0.5), (3, 0.25)]
+
+
+def test_goodput_counts_what_was_not_undone_since_the_first_start(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "time", lambda: now)
+    clock = Clock(begun=1000.0)
+    clock.trained += 30
+    saved = clock.state_dict()
+    clock.trained += 30  # a crash undoes this
+    now = 1100.0
+    assert clock.goodput() == pytest.approx(0.6)
+    again = Clock(begun=1090.0)
+    again.load_state_dict(saved)
+    assert again.goodput() == pytest.approx(0.3)
+
+
+def test_a_total_that_is_not_finite_spoils_all_gradients_and_a_finite_one_changes_none():
+    for loss, spoilt in ((3.0, False), (math.inf, True), (math.nan, True)):
+        x = torch.tensor(2.0, requires_grad=True)
+        losses = {"pixels": 5 * x, "caption": x.detach() * loss}  # no way from the second to x
+        total = total_loss(losses, {"pixels": 1.0, "caption": 0.5}, {"pixels": 1.0, "caption": 1.0})
+        total.backward()
+        assert x.grad.isnan() if spoilt else (x.grad == 5 and total == 10 + loss)
+
+
+def test_phases_add_up_to_the_time_since_the_process_began():
+    phases = Phases()
+    phases.end("imports")
+    time.sleep(0.05)
+    phases.end("data")
+    time.sleep(0.05)
+    phases.end("data")  # only the first time counts
+    seconds = phases.figures()
+    assert seconds["seconds/data"] == pytest.approx(0.05, abs=0.03)
+    assert seconds["seconds/total"] == pytest.approx(seconds["seconds/imports"] + seconds["seconds/data"], abs=2e-3)
+    created = psutil.Process().create_time()  # known to the second
+    assert phases.began == pytest.approx(created, abs=1.1)
+    assert time.time() - seconds["seconds/total"] == pytest.approx(phases.began + 0.05, abs=0.1)

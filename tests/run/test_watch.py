@@ -27,6 +27,9 @@ class Terminal:
         with self.path.open("a") as file:
             file.write(line + "\n")
 
+    def close(self) -> None:
+        pass
+
     def warn(self, line: str) -> None:
         self.fail(f"warning: {line}")
 

@@ -1,0 +1,96 @@
+#!/usr/bin/env python3
+"""Time how long training waits for a checkpoint, written at once and behind training.
+
+    python run/bench_checkpoint.py --deepspeed ds_configs/zero3.json --preset large --output /data/scratch
+
+One rank. Both kinds of save take turns, in one process and on one disk, after one that is not timed; between them the
+model trains. Prints the medians of the stalls and their ratio.
+"""
+
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from mug.model.mug import MUG
+from mug.model.presets import PRESETS, ModelConfig, Vocabulary, resolve
+from mug.run.bench_step import VOCABULARY, WEIGHTS, synthetic_batch
+from mug.run.pretrain import train_step
+from mug.run.training import hardware
+from mug.run.training.command_line import Parser
+from mug.run.training.console import Console, run_command
+from mug.run.training.deepspeed_config import load_deepspeed_config
+from mug.run.training.engine import build_engine, recipe_values
+from mug.run.training.errors import RunError
+from mug.run.training.recipe import CheckpointConfig, TrainerConfig
+from mug.run.training.saver import Saver
+from mug.run.training.sharded_state import KINDS
+
+
+def main(console: Console) -> None:
+    options = parse()
+    if hardware.rank_and_world() != (0, 1):
+        raise RunError("bench_checkpoint.py measures one rank; start it with plain python")
+    hardware.use_cores()
+    trainer = TrainerConfig(global_batch=options.batch, micro_batch=options.batch)
+    config = resolve(ModelConfig(options.preset))
+    ds_config = load_deepspeed_config(options.deepspeed, recipe_values(trainer, config.width, world=1))
+    hardware.init_distributed()
+    vocabulary = Vocabulary(VOCABULARY.get(options.preset, 30522), pad=0, bos=1, eos=2, mask=3)
+    batch = synthetic_batch(config, vocabulary, options.batch)
+    engine = build_engine(MUG(config, vocabulary), ds_config, trainer)
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    folder = Path(tempfile.mkdtemp(dir=options.output))
+    try:
+        stalls = measure(engine, lambda: train_step(engine, [batch], WEIGHTS), folder, options.rounds)
+    finally:
+        shutil.rmtree(folder)
+    at_once, behind = (statistics.median(values) for values in stalls.values())
+    console.say(
+        f"{options.preset}, {len(KINDS) * 4e-9 * parameters:.2f} GB, {hardware.describe_device()}: training waits"
+        f" {at_once:.2f} s for a save at once, {behind:.2f} s for one behind training,"
+        f" ratio {behind / at_once:.3f} (medians of {options.rounds})"
+    )
+
+
+def parse() -> Namespace:
+    parser = Parser(prog="bench_checkpoint.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--deepspeed", type=str, required=True, help="DeepSpeed JSON, from ds_configs/")
+    parser.add_argument("--preset", type=str, default="large", help=", ".join(PRESETS))
+    parser.add_argument("--batch", type=int, default=1, help="samples of a step")
+    parser.add_argument("--rounds", type=int, default=3, help="timed saves of each kind")
+    parser.add_argument("--output", type=Path, default=Path("."), help="folder to write in, and to clean")
+    options = parser.parse_args()
+    if options.rounds < 1:
+        raise RunError(f"--rounds must be at least 1, not {options.rounds}")
+    return options
+
+
+def measure(engine: Any, train: Any, folder: Path, rounds: int) -> dict[bool, list[float]]:
+    """Seconds that training waits for each save, by whether it is asynchronous."""
+    stalls: dict[bool, list[float]] = {False: [], True: []}
+    savers = {
+        kind: Saver(engine, folder, CheckpointConfig(keep=1, asynchronous=kind), lambda *_: None) for kind in stalls
+    }
+    train()
+    for turn in range(1 + rounds):
+        for kind, saver in savers.items():
+            begin = time.perf_counter()
+            saver.save(2 * turn + kind, {}, {})
+            seconds = time.perf_counter() - begin
+            while saver.pending is not None:
+                train()
+                begin = time.perf_counter()
+                saver.poll()  # commits, once all is written
+                seconds += time.perf_counter() - begin
+            if turn:
+                stalls[kind].append(seconds)
+    return stalls
+
+
+if __name__ == "__main__":
+    run_command(main)

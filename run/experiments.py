@@ -1,0 +1,307 @@
+#!/usr/bin/env python3
+"""What does each half of MUG's loss teach? Pre-train three ways, judge the encoders alike, write the table.
+
+    python run/experiments.py --quick                  # about 10 minutes on 2 CPU cores
+    python run/experiments.py                          # at most 3 hours on 2 CPU cores
+    python run/experiments.py --openclipart FOLDER     # also on Debian's clip art, unpacked there
+
+MUG (both losses), pixels alone (MAE) and captions alone see the same number of samples of Fashion-MNIST, captioned by
+class ("a photo of a sneaker"). Then: linear probe, k nearest neighbours, fine-tuning; an untrained encoder and raw
+pixels are the floors. Every part is one of the commands in run/, with its log under OUT/logs. Started again, it goes
+on where it stopped: finished parts are not run twice. The table goes into the file of --results.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from mug.data import fashion_mnist
+from mug.run.evaluation.results import spread, table, write_section
+from mug.run.training.command_line import Parser
+from mug.run.training.console import Console, run_command
+from mug.run.training.errors import RunError
+from mug.run.training.metrics import read_rows
+
+RUN = Path(__file__).parent
+DEEPSPEED = RUN.parent / "ds_configs" / "zero1.json"
+OBJECTIVES = {"MUG": (1.0, 0.1), "pixels alone": (1.0, 0.0), "captions alone": (0.0, 0.1)}  # weights of the two losses
+SMALL_DECODERS = {
+    "pixel_width": 128,
+    "pixel_depth": 2,
+    "pixel_heads": 4,
+    "text_width": 128,
+    "text_heads": 4,
+    "text_unimodal_layers": 1,
+    "text_cross_layers": 1,
+    "text_length": 16,
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """One data set and how much is done with it.
+
+    images: most of each split. samples: seen in pre-training. model: sizes, those of the encoder apart.
+    """
+
+    kind: str
+    source: str
+    images: int
+    seeds: int
+    samples: int
+    finetune_epochs: int
+    encoder: dict[str, int]
+    decoders: dict[str, int]
+
+
+def studies(options: Namespace) -> list[Study]:
+    encoder = {"image_size": 28, "patch_size": 4, "depth": 4}
+    amounts = (4_000, 1, 9_600, 2) if options.quick else (30_000, 3, 150_000, 2)
+    chosen = [Study("fashion-mnist", options.fashion_mnist, *amounts, encoder, SMALL_DECODERS)]
+    if options.openclipart:
+        amounts = (1_000, 1, 3_200, 2) if options.quick else (10_000, 1, 30_000, 2)
+        encoder = {"image_size": 64, "patch_size": 8, "depth": 4}
+        chosen.append(Study("openclipart", options.openclipart, *amounts, encoder, SMALL_DECODERS))
+    return chosen
+
+
+@dataclass(frozen=True)
+class Part:
+    """One command; `produces` is removed before it is run anew, unless the command goes on by itself."""
+
+    name: str
+    command: list[str]
+    produces: Path | None = None
+
+
+def main(console: Console) -> None:
+    options = parse()
+    out = Path(options.out or ("runs/experiments-quick" if options.quick else "runs/experiments"))
+    said = []
+    for study in studies(options):
+        folder = out / study.kind
+        for part in parts(study, folder):
+            run_part(part, folder, console)
+        said.append(report(study, folder))
+    heading = "Pixels, captions, or both" + (" (quick form)" if options.quick else "")
+    write_section(Path(options.results), heading, "\n\n".join([introduction(options, out), *said]))
+    console.say(f"{options.results}: {heading}")
+
+
+def parse(arguments: list[str] | None = None) -> Namespace:
+    """The command line.
+
+    Raises:
+        RunError: an unknown flag, or a folder that is not there.
+    """
+    parser = Parser(prog="experiments.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer images, seeds and samples: about 10 minutes")
+    parser.add_argument("--out", type=str | None, default=None, help="folder of the runs (runs/experiments…)")
+    parser.add_argument("--results", type=str, default="docs/results.md", help="file to write the table into")
+    parser.add_argument(
+        "--fashion_mnist", type=str, default=str(fashion_mnist.INSTALLED), help="folder of the four idx files"
+    )
+    parser.add_argument("--openclipart", type=str | None, default=None, help="folder that holds Debian's clip art")
+    options = parser.parse_args(arguments)
+    for name in ("fashion_mnist", "openclipart"):
+        if options[name] and not Path(options[name]).is_dir():
+            raise RunError(f"--{name} {options[name]}: no such folder; unpack Debian's package, and name it")
+    return options
+
+
+# --- Parts ------------------------------------------------------------------------------------------------
+
+
+def parts(study: Study, folder: Path) -> Iterator[Part]:
+    """All commands of a study, in order."""
+    shards, tokenizer = folder / "shards", folder / "tokenizer.json"
+    build = ["build_shards.py", study.kind, study.source, "--out", str(shards), "--most", str(study.images)]
+    yield Part("build shards", build, shards)
+    yield Part(
+        "train tokenizer",
+        ["train_tokenizer.py", f"{shards}/train-*.tar", "--out", str(tokenizer), "--vocabulary", "2048"],
+        tokenizer,
+    )
+    for seed in range(study.seeds):
+        for objective in OBJECTIVES:
+            yield pretrain(study, folder, objective, seed)
+    first = run_of(folder, "MUG", 0)
+    for seed in range(study.seeds):
+        for objective in OBJECTIVES:
+            yield from judge(folder, f"{objective} {seed}", [str(run_of(folder, objective, seed)), "--seeds", "1"])
+    yield from judge(folder, "untrained", [str(first), "--encoder", "random", "--seeds", str(study.seeds)])
+    yield from judge(folder, "raw pixels", [str(first), "--encoder", "pixels", "--seeds", "1"])
+    for objective in OBJECTIVES:
+        yield finetune(study, folder, objective, run_of(folder, objective, 0))
+    yield finetune(study, folder, "untrained", None)
+
+
+def run_of(folder: Path, objective: str, seed: int) -> Path:
+    return folder / f"{objective} {seed}".replace(" ", "_")
+
+
+def pretrain(study: Study, folder: Path, objective: str, seed: int) -> Part:
+    pixels, caption = OBJECTIVES[objective]
+    values = {f"model.{name}": value for name, value in {**study.encoder, **study.decoders}.items()} | {
+        "data.shards": f"{folder}/shards/train-*.tar",
+        "data.tokenizer": folder / "tokenizer.json",
+        "data.workers": 1,
+        "data.crop_scale": "[0.6, 1.0]",
+        "trainer.global_batch": 64,
+        "trainer.micro_batch": 64,
+        "trainer.max_steps": study.samples // 64,
+        "trainer.base_learning_rate": 4e-3,
+        "trainer.warmup_samples": study.samples // 10,
+        "loss_weights.pixels": pixels,
+        "loss_weights.caption": caption,
+        "checkpoint.every_steps": 200,
+        "checkpoint.keep": 1,
+        "seed": seed,
+    }
+    command = ["pretrain.py", "--deepspeed", str(DEEPSPEED), "--output", str(run_of(folder, objective, seed))]
+    return Part(f"pre-train {objective} {seed}", command + flags(values))
+
+
+def judge(folder: Path, name: str, encoder: list[str]) -> Iterator[Part]:
+    """Linear probe and nearest neighbours of one encoder; the second finds the first one's features on disk."""
+    images = ["--data", f"{folder}/shards/train-*.tar", "--test", f"{folder}/shards/held_out-*.tar"]
+    for script in ("linear_probe", "knn"):
+        found = folder / "found" / f"{name} {script}.jsonl"
+        command = [f"{script}.py", *encoder, *images, "--workers", "0", "--json", str(found)]
+        yield Part(f"{script} {name}", command, found)
+
+
+def finetune(study: Study, folder: Path, name: str, init: Path | None) -> Part:
+    recipe = RUN / "recipes" / "finetune" / "fashion_mnist_tiny.yaml"
+    values = {f"model.{name}": value for name, value in study.encoder.items()} | {
+        "data.images": f"{folder}/shards/train-*.tar",
+        "data.test": f"{folder}/shards/held_out-*.tar",
+        "trainer.epochs": study.finetune_epochs,
+        "trainer.global_batch": 64,
+        "trainer.micro_batch": 64,
+        "trainer.base_learning_rate": 4e-3,
+        "trainer.warmup_samples": study.images * study.finetune_epochs // 10,
+        "trainer.eval_every": 1_000_000,  # at the end
+        "trainer.layer_decay": 0.75 if init else 1.0,  # without pre-training there is nothing to be kept below
+    }
+    output = ["--output", str(folder / f"finetune {name}".replace(" ", "_"))]
+    start = [] if init is None else ["--init", str(init)]
+    command = ["finetune.py", "--deepspeed", str(DEEPSPEED), "--config", str(recipe), *output, *start]
+    return Part(f"fine-tune {name}", command + flags(values))
+
+
+def flags(values: dict[str, object]) -> list[str]:
+    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+
+
+def run_part(part: Part, folder: Path, console: Console) -> None:
+    """Run a part to its end, unless it has been.
+
+    Raises:
+        RunError: it failed; names its log.
+    """
+    done, log = (folder / kind / f"{part.name}.{end}" for kind, end in (("done", "json"), ("logs", "log")))
+    if done.is_file() and json.loads(done.read_text())["command"] == part.command:
+        return
+    for inside in ("done", "logs", "found"):
+        (folder / inside).mkdir(parents=True, exist_ok=True)
+    if part.produces:
+        remove(part.produces)
+    begin = time.time()
+    with log.open("w") as file:
+        status = subprocess.run(
+            [sys.executable, str(RUN / part.command[0]), *part.command[1:]], stdout=file, stderr=file
+        )
+    seconds = round(time.time() - begin, 1)
+    if status.returncode:
+        last = (log.read_text().splitlines() or ["it said nothing"])[-1]
+        raise RunError(f"{part.name} ended with status {status.returncode}: {last} (all of it: {log})")
+    fresh = done.with_suffix(".fresh")
+    fresh.write_text(json.dumps({"command": part.command, "seconds": seconds}))
+    os.replace(fresh, done)
+    console.say(f"{folder.name}: {part.name}, {seconds:.0f} s")
+
+
+def remove(path: Path) -> None:
+    """What an interrupted part has left: a file, or a folder of files."""
+    if path.is_dir():
+        for inside in path.iterdir():
+            inside.unlink()
+    else:
+        path.unlink(missing_ok=True)
+
+
+# --- Results ----------------------------------------------------------------------------------------------
+
+
+def introduction(options: Namespace, out: Path) -> str:
+    """What was run, on what, when."""
+    command = "python run/experiments.py" + " --quick" * options.quick
+    seconds = sum(json.loads(path.read_text())["seconds"] for path in out.glob("*/done/*.json"))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "timm"))
+    return (
+        f"`{command}`, {date.today()}, {len(os.sched_getaffinity(0))} CPU cores ({platform.machine()}), {versions};"
+        f" {seconds / 60:.0f} minutes in all. Accuracies in percent on test images that were never trained on; mean ±"
+        " standard deviation over pre-training seeds, where there are several. Settings were not tuned per objective."
+    )
+
+
+def report(study: Study, folder: Path) -> str:
+    """What a study found, as Markdown."""
+    rows = []
+    for objective in OBJECTIVES:
+        names = [f"{objective} {seed}" for seed in range(study.seeds)]
+        rates = [row["images_per_s"] for seed in range(study.seeds) for row in rates_of(folder, objective, seed)]
+        rows.append(
+            [objective, *frozen(folder, names), finetuned(folder, objective), f"{sorted(rates)[len(rates) // 2]:.0f}"]
+        )
+    rows.append(["untrained", *frozen(folder, ["untrained"]), finetuned(folder, "untrained"), ""])
+    rows.append(["raw pixels", *frozen(folder, ["raw pixels"]), "", ""])
+    head = ["encoder", "linear probe, mean of patches", "linear probe, class token", "kNN (k = 20), mean of patches"]
+    head += ["fine-tuned (one seed)", "pre-training images/s"]
+    sizes = ", ".join(f"{name} {value}" for name, value in study.encoder.items())
+    return (
+        f"**{study.kind}**: at most {study.images:,} images a split, {study.seeds} pre-training seed(s),"
+        f" {study.samples:,} samples seen in each pre-training, {study.finetune_epochs} epochs of fine-tuning; encoder"
+        f" width 192, {sizes}.\n\n{table(head, rows)}"
+    )
+
+
+def rates_of(folder: Path, objective: str, seed: int) -> list[dict]:
+    rows = read_rows(run_of(folder, objective, seed) / "metrics.jsonl")
+    return [row for row in rows if row["kind"] == "train"]
+
+
+def frozen(folder: Path, names: list[str]) -> list[str]:
+    """The cells of an encoder that was not trained on labels: two probes, and nearest neighbours."""
+    wanted = (
+        ("linear_probe", "", ("mean of patches", "pixels")),
+        ("linear_probe", "", ("class token",)),
+        ("knn", "k = 20", ("mean of patches", "pixels")),
+    )
+    cells = []
+    for script, setting, features in wanted:
+        found = [row for name in names for row in read_rows(folder / "found" / f"{name} {script}.jsonl")]
+        fits = [row for row in found if row["setting"] == setting and row["feature"] in features]
+        values = [value for row in fits for value in row["values"]]
+        cells.append(spread(values) if values else "")
+    return cells
+
+
+def finetuned(folder: Path, name: str) -> str:
+    rows = read_rows(folder / f"finetune {name}".replace(" ", "_") / "metrics.jsonl")
+    return spread([[row for row in rows if row["kind"] == "eval"][-1]["accuracy/class"]])
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,59 @@
+#!/usr/bin/env python3
+"""One page about one run or several: curves, throughput, transfer, reconstructions, captions, data, recipes.
+
+    python run/report.py runs/openmoji_tiny
+    python run/report.py runs/first runs/second --out compared.html
+
+The page is one HTML file that needs no network. Runs are drawn side by side, by step, or by samples seen where their
+global batches differ; pre-training, fine-tuning and segmentation runs alike. Transfer results are those that kNN, the
+linear probe and the others have left in the run's folder (--json RUN/results.jsonl).
+"""
+
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from mug.run.reporting import look, sections
+from mug.run.reporting.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
+from mug.run.reporting.page import html_page
+from mug.run.reporting.runs import open_runs
+from mug.run.training.command_line import Parser
+from mug.run.training.console import Console, run_command
+from mug.run.training.errors import RunError
+
+
+def main(console: Console) -> None:
+    options = parse()
+    runs = open_runs(options.runs)
+    out = Path(options.out)
+    title = f"MUG: {', '.join(run.name for run in runs)}"
+    out.write_text(html_page(title, sections.build(title, runs, console.warn) + script(), look.STYLE), "utf-8")
+    console.say(f"{out}: {len(runs)} run(s), {out.stat().st_size / 1e6:.2f} MB")
+
+
+def parse(arguments: list[str] | None = None) -> Namespace:
+    """The command line.
+
+    Raises:
+        RunError: an unknown flag, no run, or a page that cannot be written.
+    """
+    parser = Parser(prog="report.py", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=str, nargs="+", help="folders of runs")
+    parser.add_argument("--out", type=str, default="report.html", help="the page")
+    options = parser.parse_args(arguments)
+    out = Path(options.out)
+    if out.is_dir() or not out.resolve().parent.is_dir():
+        raise RunError(f"--out {out}: name a file in a folder that exists")
+    return options
+
+
+def script() -> str:
+    sizes = {"LEFT": LEFT, "SPAN": WIDTH - LEFT - RIGHT, "TOP": TOP, "HEIGHT": HEIGHT - TOP - BOTTOM}
+    text = look.SCRIPT
+    for name, value in sizes.items():
+        text = text.replace(name, str(value))
+    return f"<script>{text}</script>"
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,25 @@
+"""The share of the steps that training waits for data."""
+
+import pytest
+from launch import TOY, pretrain, rows
+
+from mug.run.training.metrics import WaitAlarm
+
+
+def test_the_alarm_sounds_once_while_waiting_goes_on():
+    alarm = WaitAlarm(workers=3)
+    said = [alarm.check(share) for share in (0.9, 0.05, 0.06, 0.07, 0.5, 0.0, 0.2, 0.3)]
+    assert [i for i, line in enumerate(said) if line] == [3, 7]
+    assert said[3] == (
+        "the data loader keeps training waiting 7% of the time: raise data.workers (now 3) or set data.decode to fast"
+    )
+
+
+@pytest.mark.slow
+def test_it_is_logged_and_a_warning_names_the_loader(tmp_path):
+    """A small model, and images that are decoded between the steps: the loader takes much of the time."""
+    done = pretrain(tmp_path / "run", *TOY, "--trainer.max_steps", "4", "--trainer.eval_samples", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    waits = [row["data_wait"] for row in rows(tmp_path / "run", "train")]
+    assert len(waits) == 4 and all(0.05 < wait < 1 for wait in waits)
+    assert (done.stdout + done.stderr).count("the data loader keeps training waiting") == 1

@@ -1,0 +1,136 @@
+"""Fine-tuning as users start it: from a pre-trained run, killed and resumed, on several ranks."""
+
+import gzip
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launch import PYTHON, ROOT, TOY, ZERO3, environment, losses, pretrain, rows, torchrun
+
+from mug.run.training.sharded_state import WEIGHT, Piece, SavedState
+
+STEPS = 12
+OPTIONS = [
+    *("--model.width", "32", "--model.depth", "2", "--model.heads", "2", "--model.image_size", "16"),
+    *("--model.patch_size", "8", "--model.drop_path", "0.3", "--data.workers", "0"),
+    *("--augment.rand_augment", "rand-m9-mstd0.5-inc1", "--augment.erase", "0.25"),
+    *("--augment.mixup", "0.8", "--augment.cutmix", "1.0"),
+    *("--trainer.global_batch", "8", "--trainer.micro_batch", "4", "--trainer.log_every", "1"),
+    *("--trainer.max_steps", str(STEPS), "--trainer.warmup_samples", "0", "--trainer.eval_every", "7"),
+    *("--checkpoint.every_steps", "3", "--checkpoint.keep", "2"),
+]
+UNMIXED = ["--augment.mixup", "0", "--augment.cutmix", "0"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Fashion-MNIST's files with 40 pictures of noise, brighter by class."""
+    folder = tmp_path_factory.mktemp("fashion")
+    labels = np.arange(40, dtype=np.uint8) % 10
+    noise = np.random.default_rng(0).integers(0, 60, (40, 28, 28))
+    pixels = (noise + 20 * labels[:, None, None].astype(int)).astype(np.uint8)
+    for split in ("train", "t10k"):
+        for kind, values in (("images-idx3", pixels), ("labels-idx1", labels)):
+            head = bytes((0, 0, 8, values.ndim)) + np.array(values.shape, ">i4").tobytes()
+            (folder / f"{split}-{kind}-ubyte.gz").write_bytes(gzip.compress(head + values.tobytes()))
+    return folder
+
+
+def command(
+    output: Path, images: Path, *options: str, launcher: list[str] = PYTHON, config: str = "zero1"
+) -> list[str]:
+    start = [*launcher, "run/finetune.py", "--deepspeed", f"ds_configs/{config}.json", "--output", str(output)]
+    return [*start, "--data.images", f"fashion-mnist:{images}", *OPTIONS, *options]
+
+
+def finetune(*arguments, **settings) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*arguments, **settings), cwd=ROOT, env=environment(), capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, images) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = finetune(output, images)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(rows(output, "train")) == STEPS and [row["step"] for row in rows(output, "eval")] == [7, 12]
+    return output
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_gives_the_same_losses_to_the_digit(tmp_path, images, undisturbed):
+    output = tmp_path / "run"
+    process = subprocess.Popen(
+        command(output, images), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    metrics = output / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count('"train"') >= 5):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    done = finetune(output, images)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "going on after step" in done.stdout
+    assert losses(output) == losses(undisturbed) and losses(output, "eval") == losses(undisturbed, "eval")
+
+
+@pytest.mark.slow
+def test_zero_stages_give_the_same_losses(tmp_path, images, undisturbed):
+    done = finetune(tmp_path / "zero3", images, config="zero3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    curves = [losses(output) + losses(output, "eval") for output in (tmp_path / "zero3", undisturbed)]
+    for mine, other in zip(*curves, strict=True):
+        assert mine == pytest.approx(other, abs=1e-5), f"step {mine['step']}"
+
+
+@pytest.mark.slow
+def test_ranks_give_the_same_losses_where_images_are_not_mixed(tmp_path, images):
+    curves = []
+    for name, launcher in (("one", PYTHON), ("two", torchrun(2))):
+        done = finetune(tmp_path / name, images, *UNMIXED, launcher=launcher, config="zero3")
+        assert done.returncode == 0, done.stdout + done.stderr
+        curves.append(losses(tmp_path / name) + losses(tmp_path / name, "eval"))
+    for mine, other in zip(*curves, strict=True):
+        assert mine == pytest.approx(other, abs=1e-4), f"step {mine['step']}"
+
+
+@pytest.mark.slow
+def test_begins_with_the_encoder_that_two_ranks_pretrained(tmp_path, images):
+    sizes = ["--model.image_size", "16", "--model.patch_size", "8", "--trainer.max_steps", "2"]
+    neighbours = ["--trainer.knn", f"fashion-mnist:{images}"]
+    done = pretrain(tmp_path / "pretrained", *TOY, *sizes, *neighbours, launcher=torchrun(2), config=ZERO3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 0 <= rows(tmp_path / "pretrained", "eval")[0]["accuracy/knn"] <= 1
+    still = ["--trainer.max_steps", "1", "--trainer.base_learning_rate", "0", "--trainer.min_learning_rate", "0"]
+    init = ["--init", str(tmp_path / "pretrained")]
+    done = finetune(tmp_path / "tuned", images, *init, *still)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before, after = SavedState(tmp_path / "pretrained/checkpoint-2"), SavedState(tmp_path / "tuned/checkpoint-1")
+    for name, numel in (("cls_token", 32), ("patch_embed.proj.weight", 32 * 192), ("blocks.1.mlp.fc2.weight", 4096)):
+        pieces = [state.read(WEIGHT, Piece(f"encoder.{name}", 0), numel) for state in (before, after)]
+        assert pieces[0].any() and (pieces[0] == pieces[1]).all(), name
+    done = finetune(tmp_path / "other", images, *init, "--model.depth", "3")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [
+        f"error: init {tmp_path}/pretrained/checkpoint-2 is of another size: depth is 2 there, 3 here; set model.depth"
+    ]
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.pool", "cls"], "checkpoint-12 has pool mean, not cls"),
+        (["--model.depth", "3"], "checkpoint-12 has depth 2, not 3"),
+        (["--trainer.global_batch", "16"], "was written with global batch 8, this run has 16"),
+        (["--seed", "3"], "seed 0, this run's has 3"),
+        (["--data.images", "nowhere"], "nowhere has no folder test, val, validation"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(undisturbed, images, options, message):
+    done = finetune(undisturbed, images, *options)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and message in done.stderr
