@@ -92,7 +92,7 @@ def find_checkpoint(command: Command, description: dict, console: Console) -> ch
     Raises:
         RunError: it is of another model, of other classes, or has another global batch.
     """
-    found = checkpoint.newest(command.output, console.warn)
+    found = checkpoint.resume(command.output, console.warn)
     if found is None:
         return None
     for section, values in description.items():

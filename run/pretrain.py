@@ -170,7 +170,7 @@ def find_checkpoint(command: Command, model: torch.nn.Module, console: Console) 
     Raises:
         RunError: it is of another model, or of a run whose samples or shards would not fit this one's.
     """
-    found = checkpoint.newest(command.output, console.warn)
+    found = checkpoint.resume(command.output, console.warn)
     if found is not None:
         mine = describe_model(command.recipe.objective, model)
         for section, values in found.manifest["model"].items():

@@ -87,7 +87,7 @@ def find_checkpoint(command: SegmentCommand, console: Console) -> checkpoint.Che
     Raises:
         RunError: it is of another model or batch.
     """
-    found = checkpoint.newest(command.output, console.warn)
+    found = checkpoint.resume(command.output, console.warn)
     if found is not None:
         ours = describe(command.recipe)
         for name, theirs in found.manifest["model"].items():

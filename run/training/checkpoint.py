@@ -62,10 +62,9 @@ def commit(
     manifest = {"format": FORMAT, "step": step, "files": dict(sorted(seals.items())), **state}
     _write_text(partial / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
     _sync_folder(partial)
-    shutil.rmtree(final, ignore_errors=True)  # of this step, but found damaged when the run resumed
     os.replace(partial, final)
     _write_text(output / "latest", final.name)
-    _prune(output, keep, step)
+    _prune(output, keep)
 
 
 def commit_again(output: Path, found: Checkpoint, step: int, state: dict[str, Any], keep: int) -> None:
@@ -92,6 +91,23 @@ def newest(output: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     if folders:
         raise RunError(f"{output}: none of its {len(folders)} checkpoints is whole; name another --output")
     return None
+
+
+def resume(output: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """`newest`, for a run that will save again: damaged checkpoints do not count among those that it keeps.
+
+    They are no longer checkpoints by name, and the next save removes them.
+
+    Raises:
+        RunError: there are checkpoints, but none is whole.
+    """
+    found = newest(output, warn)
+    damaged = [folder for folder in list_folders(output) if found and _step_of(folder) > found.step]
+    if damaged:
+        _write_text(output / "latest", found.folder.name)  # first, for it always names a whole one
+    for folder in damaged:
+        folder.rename(folder.with_suffix(".partial"))
+    return found
 
 
 def list_folders(output: Path) -> list[Path]:
@@ -180,10 +196,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _prune(output: Path, keep: int, step: int) -> None:
-    """Remove all but the newest `keep` up to `step`; later ones were found damaged when the run resumed."""
-    folders = list_folders(output)
-    later = [folder for folder in folders if _step_of(folder) > step]
-    for folder in later + folders[len(later) + keep :]:
+def _prune(output: Path, keep: int) -> None:
+    for folder in list_folders(output)[keep:]:
         # Renamed first, or a crash in mid-removal would leave a damaged one.
         shutil.rmtree(folder.rename(folder.with_suffix(".partial")))

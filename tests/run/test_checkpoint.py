@@ -96,14 +96,27 @@ def test_without_a_whole_checkpoint_the_run_does_not_start_over(tmp_path):
     assert checkpoint.newest(tmp_path / "new", warn=print) is None
 
 
-def test_a_save_after_falling_back_keeps_the_good_and_drops_the_damaged(tmp_path):
-    save(tmp_path, 2, keep=1)
-    save(tmp_path, 4, keep=2)
+@pytest.mark.parametrize("step", [3, 4, 5])  # before, at and after that of the damaged one
+def test_a_damaged_one_does_not_count_among_those_that_are_kept(tmp_path, step):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    save(tmp_path, 4)
+    (tmp_path / "checkpoint-4" / WEIGHT).write_bytes(b"")
+    assert checkpoint.resume(tmp_path, lambda line: None).step == 2
+    assert names(tmp_path) == ["checkpoint-2"]
+    assert (tmp_path / "latest").read_text() == "checkpoint-2"
+    save(tmp_path, step)
+    assert names(tmp_path) == [f"checkpoint-{step}", "checkpoint-2"]
+    assert newest_step(tmp_path) == step
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_one_that_only_reads_leaves_the_damaged_where_it_is(tmp_path):
+    save(tmp_path, 2)
+    save(tmp_path, 4)
     (tmp_path / "checkpoint-4" / WEIGHT).write_bytes(b"")
     assert newest_step(tmp_path) == 2
-    save(tmp_path, 3, keep=1)
-    assert names(tmp_path) == ["checkpoint-3"]
-    assert newest_step(tmp_path) == 3
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-2"]
 
 
 CALLS = [(checkpoint, name, call) for name in ("seal", "_write_text", "_sync_folder", "_prune") for call in (1, 2, 3)]
