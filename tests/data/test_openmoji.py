@@ -120,7 +120,7 @@ def test_it_is_what_training_gets_by_default(cache):
     first = samples(openmoji.ensure_openmoji(cache), "held_out")[0]
     assert held_out.tokenizer.decode(held_out.batch([0])[0]["tokens"][0]) == first["txt"].decode().lower()
     german = open_held_out(DataConfig(cache=str(cache), language="de"), image_size=64, text_length=32)
-    assert (german[0]["tokens"] != held_out[0]["tokens"]).any()
+    assert (german.batch([0])[0]["tokens"] != held_out.batch([0])[0]["tokens"]).any()
 
 
 @pytest.mark.slow
