@@ -11,6 +11,7 @@ from mug.kernels import linear_cross_entropy as module
 from mug.kernels.linear_cross_entropy import linear_cross_entropy
 
 PAD = 3
+DRAWS = 16
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HAS_GPU = torch.cuda.is_available()
 needs_interpreter = pytest.mark.skipif(HAS_GPU, reason="on a GPU Triton does not take CPU tensors")
@@ -73,16 +74,20 @@ def exact(example, grad_output, label_smoothing=0.0, z_loss=0.0):
 @pytest.mark.parametrize("grad_output", [1.0, -37.3])
 def test_as_near_to_float64_as_eager(device, backend, fresh_seed, dtype, shape, options, grad_output):
     skip_what_the_interpreter_rounds_wrongly(backend, dtype)
-    example = make(device, *shape, dtype=dtype)
-    truth = exact(example, grad_output, **options)
-    ours, _, *our_gradients = results(example, backend, grad_output, **options)
-    eagers, _, *eager_gradients = results(example, "reference", grad_output, **options)
-    assert ours.dtype == torch.float32 and [x.dtype for x in our_gradients] == [dtype, dtype]
-    assert (ours - truth[0]).abs() <= 2 * (eagers - truth[0]).abs() + 2**-21 * truth[0].abs()
-    for x, eager, expected in zip(our_gradients, eager_gradients, truth[1:], strict=True):
-        candidates = (x, eager, expected.to(dtype))  # the last: what rounding alone costs, where eager was lucky
-        error, eager_error, rounding = ((y.double() - expected).square().mean().sqrt() for y in candidates)
-        assert error <= 2 * max(eager_error, rounding) + 2**-22 * expected.abs().max()
+    squares, largest = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for _ in range(DRAWS if shape[0] == 1 else 1):  # of one row, a single logit's luck would decide
+        example = make(device, *shape, dtype=dtype)
+        truth = exact(example, grad_output, **options)
+        ours, _, *our_gradients = results(example, backend, grad_output, **options)
+        eagers, _, *eager_gradients = results(example, "reference", grad_output, **options)
+        assert ours.dtype == torch.float32 and [x.dtype for x in our_gradients] == [dtype, dtype]
+        assert (ours - truth[0]).abs() <= 2 * (eagers - truth[0]).abs() + 2**-21 * truth[0].abs()
+        for i, (x, eager, expected) in enumerate(zip(our_gradients, eager_gradients, truth[1:], strict=True)):
+            candidates = (x, eager, expected.to(dtype))  # the last: what rounding alone costs, where eager was lucky
+            squares[i] += torch.stack([(y.double() - expected).square().mean().cpu() for y in candidates])
+            largest[i] = torch.maximum(largest[i], expected.abs().max().cpu())
+    for (error, eager_error, rounding), most in zip(squares.sqrt(), largest, strict=True):
+        assert error <= 2 * max(eager_error, rounding) + 2**-22 * most
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 1000])

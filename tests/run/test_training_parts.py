@@ -106,13 +106,16 @@ def test_a_total_that_is_not_finite_spoils_all_gradients_and_a_finite_one_change
 def test_phases_add_up_to_the_time_since_the_process_began():
     phases = Phases()
     phases.end("imports")
+    begin = time.time()
     time.sleep(0.05)
+    before = time.time()
     phases.end("data")
+    after = time.time()
     time.sleep(0.05)
     phases.end("data")  # only the first time counts
     seconds = phases.figures()
-    assert seconds["seconds/data"] == pytest.approx(0.05, abs=0.03)
+    assert before - begin <= seconds["seconds/data"] + 1e-2
     assert seconds["seconds/total"] == pytest.approx(seconds["seconds/imports"] + seconds["seconds/data"], abs=2e-3)
     created = psutil.Process().create_time()  # known to the second
     assert phases.began == pytest.approx(created, abs=1.1)
-    assert time.time() - seconds["seconds/total"] == pytest.approx(phases.began + 0.05, abs=0.1)
+    assert before - 1e-2 <= phases.began + seconds["seconds/total"] <= after + 1e-2
