@@ -72,8 +72,8 @@ class Life:
         return [one for one in self.tree() if is_rank(one)]
 
     def workers(self) -> list[psutil.Process]:
-        """What ranks have started: data workers, and the servers that multiprocessing has for them."""
-        return [one for one in self.tree() if not is_rank(one) and any(is_rank(parent) for parent in _parents(one))]
+        """Data workers: forks of a server that a rank has started; without that server the run would go on."""
+        return [one for one in self.tree() if any(is_rank(parent) for parent in _parents(one)[1:]) and not is_rank(one)]
 
     def text(self) -> str:
         return self.said.read_text(errors="replace")
