@@ -258,6 +258,7 @@ class Board:
         self._tell({"end": line, "status": status})
 
     def _tell(self, message: dict[str, Any]) -> None:
-        for member in self.members.values():
+        """Rank 0 hears it last: what it hears may end its process, and this thread with it."""
+        for member in sorted(self.members.values(), key=lambda member: -member.rank):
             if not member.left:
                 member.line.send(message)

@@ -6,12 +6,13 @@ import re
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
 from mug.run.training import hardware, watch
-from mug.run.training.watch import Watch
+from mug.run.training.watch import Board, Member, Watch
 
 WORLD = 3
 RESTART = 75
@@ -136,8 +137,21 @@ def test_a_lost_rank_is_named_once_and_the_others_end(tmp_path, act, codes, says
     for rank, pid in enumerate(pids):
         says = says.replace(f"PID{rank}", str(pid))
     assert len(lines) == 1 and re.fullmatch(says, lines[0]), lines
-    survivor = next(rank for rank, code in enumerate(codes) if code == RESTART)
-    assert lines[0].removeprefix("error: ") in (tmp_path / f"rank{survivor}.log").read_text()
+    for rank in (rank for rank, code in enumerate(codes) if code == RESTART):
+        assert lines[0].removeprefix("error: ") in (tmp_path / f"rank{rank}.log").read_text()
+
+
+@pytest.mark.parametrize("admitted", [(0, 1, 2), (2, 0, 1)])
+def test_rank_zero_ends_after_all_others_have_heard_why(admitted):
+    """Its process takes the board with it."""
+    heard = []
+    board = Board(listener=None, token="", world=WORLD, hang_seconds=60)
+    for rank in admitted:
+        line = SimpleNamespace(send=lambda message, rank=rank: heard.append((rank, message["end"])))
+        board.members[rank] = Member(rank, "host", 100 + rank, line, heard=0.0, advanced=0.0)
+    board.members[1].left = True
+    board._end("rank 1 is gone")
+    assert heard == [(2, "rank 1 is gone"), (0, "rank 1 is gone")]
 
 
 def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(tmp_path):
@@ -145,7 +159,7 @@ def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(tmp_path):
     assert codes == [75, 75, 75]
     late, hung = lines
     assert re.fullmatch(rf"warning: rank 2 \(host \S+, pid {pids[2]}, step 7\) got no further for \d s; .*", late)
-    assert re.fullmatch(rf"error: rank 2 \(host \S+, pid {pids[2]}, step 7\) got no further for 3 s; .*", hung)
+    assert re.fullmatch(rf"error: rank 2 \(host \S+, pid {pids[2]}, step 7\) got no further for \d s; .*", hung)
     assert "be_stuck" in (tmp_path / "rank2.log").read_text()  # where it is
 
 
