@@ -3,13 +3,12 @@
 Dimension letters: B batch, N patches, D width, C classes.
 """
 
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mug.model.encoder import Encoder
 from mug.model.presets import ModelConfig
 from mug.model.random_choices import DROP_PATH, random_bits
-from mug.model.vit import LayerNorm
+from mug.model.vit import Block, LayerNorm
 
 Batch = dict[str, Tensor]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mug.kernels.masked_patch_loss import gather_patches, normalize_channels, patchify
 from mug.model.positions import sincos_2d
 from mug.model.presets import ModelConfig
-from mug.model.vit import LayerNorm, vit_block
+from mug.model.vit import Block, LayerNorm
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as MAE and timm's MAE weights have them
 PIXEL_STD = (0.229, 0.224, 0.225)
@@ -53,7 +53,7 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
         nn.init.normal_(self.cls_token, std=0.02)
         self.register_buffer("positions_ND", sincos_2d(config.width, config.grid), persistent=False)
-        self.blocks = nn.ModuleList(vit_block(config.width, config.heads) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         self.norm = LayerNorm(config.width)
 
     def forward(self, image_BCHW: Tensor, visible_BK: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mug.model.positions import sincos_2d
 from mug.model.presets import ModelConfig
-from mug.model.vit import LayerNorm, vit_block
+from mug.model.vit import Block, LayerNorm
 
 
 class PixelDecoder(nn.Module):
@@ -19,7 +19,7 @@ class PixelDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         nn.init.normal_(self.mask_token, std=0.02)
         self.register_buffer("positions_ND", sincos_2d(width, config.grid), persistent=False)
-        self.blocks = nn.ModuleList(vit_block(width, config.pixel_heads) for _ in range(config.pixel_depth))
+        self.blocks = nn.ModuleList(Block(width, config.pixel_heads) for _ in range(config.pixel_depth))
         self.norm = LayerNorm(width)
         self.pred = nn.Linear(width, config.patch_values)
 

@@ -9,13 +9,13 @@ V vocabulary. x stands for [B, T, D], or packed [R, D].
 from typing import NamedTuple
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from mug.kernels.attention import attention
 from mug.kernels.linear_cross_entropy import linear_cross_entropy
 from mug.model.presets import ModelConfig, Vocabulary
-from mug.model.vit import LayerNorm
+from mug.model.recompute import linear_of, run_block
+from mug.model.vit import LayerNorm, Mlp
 
 Cache = dict[str, Tensor]  # keys and values of one layer, [B, tokens so far, H, D/H]
 
@@ -46,14 +46,19 @@ def pack(lengths_B: Tensor, T: int, L: int) -> Packing:
 
 
 class TextSelfAttention(nn.Module):
+    """Of the normalised x."""
+
+    recompute = "nothing"
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, causal: bool, packing: Packing | None, cache: Cache | None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # [B, T, H, D/H] or [R, H, D/H]
+    def forward(self, x: Tensor, norm: nn.Module, causal: bool, packing: Packing | None, cache: Cache | None) -> Tensor:
+        qkv = linear_of(norm, self.qkv, self.recompute, x)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)  # [B, T, H, D/H] or [R, H, D/H]
         sequences = {}
         if packing is not None:
             starts = packing.starts
@@ -66,6 +71,10 @@ class TextSelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
+    """Of the normalised x, to the image."""
+
+    recompute = "nothing"
+
     def __init__(self, width: int, heads: int, memory_width: int):
         super().__init__()
         self.heads = heads
@@ -73,8 +82,10 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(memory_width, 2 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, memory_BLD: Tensor, packing: Packing | None, cache: Cache | None) -> Tensor:
-        q = self.q(x).unflatten(-1, (self.heads, -1))
+    def forward(
+        self, x: Tensor, norm: nn.Module, memory_BLD: Tensor, packing: Packing | None, cache: Cache | None
+    ) -> Tensor:
+        q = linear_of(norm, self.q, self.recompute, x).unflatten(-1, (self.heads, -1))
         if cache is not None and "memory_k" in cache:
             k, v = cache["memory_k"], cache["memory_v"]
         else:
@@ -90,6 +101,8 @@ class CrossAttention(nn.Module):
 
 class TextBlock(nn.Module):
     """Pre-norm block; cross-attends to the image between self-attention and MLP if `memory_width` is given."""
+
+    recompute = "nothing"
 
     def __init__(self, width: int, heads: int, memory_width: int | None = None):
         super().__init__()
@@ -110,10 +123,15 @@ class TextBlock(nn.Module):
         packing: Packing | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        x = x + self.attn(self.norm1(x), causal, packing, cache)
+        return run_block(self._layers, self.recompute, x, memory_BLD, causal, packing, cache)
+
+    def _layers(
+        self, x: Tensor, memory_BLD: Tensor, causal: bool, packing: Packing | None, cache: Cache | None
+    ) -> Tensor:
+        x = x + self.attn(x, self.norm1, causal, packing, cache)
         if self.cross:
-            x = x + self.cross_attn(self.norm_cross(x), memory_BLD, packing, cache)
-        return x + self.mlp(self.norm2(x))
+            x = x + self.cross_attn(x, self.norm_cross, memory_BLD, packing, cache)
+        return x + self.mlp(x, self.norm2)
 
 
 class CaptionHead(nn.Module):

@@ -40,7 +40,7 @@ from mug.run.benchmarks.kernel_timing import (
     results,
     time_passes,
 )
-from mug.run.benchmarks.model_step import WARM_UPS, compare_steps, describe
+from mug.run.benchmarks.model_step import PATHS, WARM_UPS, compare_steps, describe
 from mug.run.training.command_line import Parser
 from mug.run.training.console import Console, run_command
 from mug.run.training.errors import RunError
@@ -157,12 +157,12 @@ def write_attention_table(rows: list[Row], machine: Row) -> None:
 
 def bench_model_step(options: Namespace, console: Console) -> tuple[list[Row], list[str]]:
     """Training steps with the fused losses and with naive ones."""
-    console.say(f"three processes one after another, {4 * (options.steps + WARM_UPS)} steps in all")
+    console.say(f"{len(PATHS) + 1} processes one after another, {2 * len(PATHS) * (options.steps + WARM_UPS)} steps")
     row = compare_steps(options.preset, options.batch, options.steps, options.device)
     for line in describe(row):
         console.say(line)
     difference = row["largest_loss_difference"]
-    return [row], [] if difference <= row["tolerance"] else [f"the losses of the two sides differ by {difference:.1e}"]
+    return [row], [] if difference <= row["tolerance"] else [f"the losses of the sides differ by {difference:.1e}"]
 
 
 if __name__ == "__main__":

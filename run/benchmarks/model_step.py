@@ -1,6 +1,6 @@
 """Training steps of MUG with its fused losses, and with the losses as they are first written down.
 
-Each side runs alone in a fresh process, which yields its peak memory and its loss curve; a third process lets both
+Each side runs alone in a fresh process, which yields its peak memory and its loss curve; one more process lets all
 take turns on one model, which yields times that a machine of drifting speed slows alike.
 
     python -m mug.run.benchmarks.model_step '{"paths": ["fused"], "preset": "tiny", ...}'   # one such process
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mug.model.mug import MUG, Batch
 from mug.model.presets import ModelConfig, resolve
+from mug.model.recompute import recompute
 from mug.run.benchmarks.kernel_ops import every_patch_loss
 from mug.run.benchmarks.synthetic import VOCABULARY, WEIGHTS, synthetic_batch
 from mug.run.training.errors import RunError
@@ -48,28 +49,34 @@ def naive_losses(model: MUG, batch: Batch) -> dict[str, Tensor]:
     return {"pixels": pixels, "caption": caption}
 
 
-PATHS: dict[str, Callable[[MUG, Batch], dict[str, Tensor]]] = {"fused": fused_losses, "naive": naive_losses}
+# The losses of each side, and what its backward computes again.
+PATHS: dict[str, tuple[Callable[[MUG, Batch], dict[str, Tensor]], str]] = {
+    "naive": (naive_losses, "nothing"),
+    "fused": (fused_losses, "nothing"),
+    "recompute": (fused_losses, "elementwise"),
+}
+NAMES = {"naive": "naive", "fused": "fused", "recompute": "fused, with trainer.recompute elementwise"}
 
 
 def compare_steps(preset: str, batch: int, steps: int, device: str) -> dict[str, Any]:
-    """Peak memory, time and loss curves of both sides, as one row of figures."""
+    """Peak memory, time and loss curves of all sides, as one row of figures; those of the naive one are the measure."""
     options = {"preset": preset, "batch": batch, "steps": steps, "device": device}
     alone = {path: _in_a_process({"paths": [path], **options}) for path in PATHS}
     turns = _in_a_process({"paths": list(PATHS), **options})
-    curves = {path: alone[path]["losses"][path] for path in PATHS}
-    differences = [
-        abs(fused[term] - naive[term]) / abs(naive[term])
-        for fused, naive in zip(curves["fused"], curves["naive"], strict=True)
-        for term in WEIGHTS
-    ]
     row = {"kind": "model_step", **options, "device": alone["fused"]["device"], "torch": torch.__version__}
     for path in PATHS:
         row[f"{path}_peak_mb"] = alone[path]["peak_mb"]
         row[f"{path}_before_mb"] = alone[path]["before_mb"]
         row[f"{path}_ms"] = 1e3 * statistics.median(turns["seconds"][path])
-    row["saving"] = 1 - row["fused_peak_mb"] / row["naive_peak_mb"]
-    ratios = [a / b for a, b in zip(turns["seconds"]["fused"], turns["seconds"]["naive"], strict=True)]
-    row["time_ratio"] = statistics.median(ratios)
+        row[f"{path}_saving"] = 1 - row[f"{path}_peak_mb"] / row["naive_peak_mb"]
+        ratios = [a / b for a, b in zip(turns["seconds"][path], turns["seconds"]["naive"], strict=True)]
+        row[f"{path}_time_ratio"] = statistics.median(ratios)
+    differences = [
+        abs(ours[term] - naive[term]) / abs(naive[term])
+        for path in PATHS
+        for ours, naive in zip(alone[path]["losses"][path], alone["naive"]["losses"]["naive"], strict=True)
+        for term in WEIGHTS
+    ]
     # Not Python's max, which passes over NaN.
     return {**row, "largest_loss_difference": torch.tensor(differences).max().item(), "tolerance": TOLERANCE[device]}
 
@@ -79,10 +86,12 @@ def describe(row: dict[str, Any]) -> Iterator[str]:
     yield f"model_step: {row['preset']}, batch {row['batch']}, {row['device']}, PyTorch {row['torch']}"
     for path in PATHS:
         peak, before = row[f"{path}_peak_mb"], row[f"{path}_before_mb"]
-        yield f"{path}: peak {peak:.0f} MB, of which {before:.0f} MB before the first step; {row[f'{path}_ms']:.0f} ms"
+        line = f"{NAMES[path]}: peak {peak:.0f} MB, of which {before:.0f} MB before the first step"
+        saving, ratio = 100 * row[f"{path}_saving"], row[f"{path}_time_ratio"]
+        than_naive = "" if path == "naive" else f"; {saving:.1f}% less peak memory, {ratio:.3f} of the time"
+        yield f"{line}; {row[f'{path}_ms']:.0f} ms{than_naive}"
     yield (
-        f"fused over naive: {100 * row['saving']:.1f}% less peak memory, {row['time_ratio']:.3f} of the time"
-        f" (median of {row['steps']} turns); losses of {row['steps'] + WARM_UPS} steps differ by at most"
+        f"median of {row['steps']} turns; losses of {row['steps'] + WARM_UPS} steps differ by at most"
         f" {row['largest_loss_difference']:.1e}"
     )
 
@@ -109,7 +118,9 @@ def run_steps(paths: list[str], preset: str, batch: int, steps: int, device: str
         samples = {name: x.to(device) for name, x in synthetic_batch(config, VOCABULARY, batch, seed=turn).items()}
         for path in paths:
             begin = time.perf_counter()
-            figures = _step(PATHS[path], model, optimizer, samples)
+            losses_of, again = PATHS[path]
+            recompute(model, again)
+            figures = _step(losses_of, model, optimizer, samples)
             losses[path].append({term: loss.item() for term, loss in figures.items()})  # waits for a GPU
             if turn >= WARM_UPS:
                 seconds[path].append(time.perf_counter() - begin)

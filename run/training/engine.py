@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mug.model.recompute import recompute
 from mug.run.training.apex import fuse_layer_norms, fused_adam
 from mug.run.training.deepspeed_config import RecipeValues
 from mug.run.training.recipe import TrainerConfig
@@ -60,6 +61,7 @@ def build_engine(
         set_z3_leaf_modules(model, model.zero3_leaves)
     if trainer.apex_layer_norm:
         fuse_layer_norms(model)
+    recompute(model, trainer.recompute)
     groups = groups or parameter_groups(model, trainer.weight_decay)
     engine, *_ = deepspeed.initialize(
         model=model,

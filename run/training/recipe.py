@@ -38,6 +38,8 @@ class TrainerConfig:
         log_every: steps between two rows of metrics.
         eval_every: steps between two evaluations on held-out pairs; also at the end.
         eval_samples: held-out pairs to evaluate on; all if there are fewer.
+        recompute: what backward computes again to need less memory: nothing, elementwise (norms and activations) or
+            blocks (all but each block's input).
         apex_adam: take NVIDIA apex's FusedAdam instead of the AdamW of the DeepSpeed JSON.
         apex_layer_norm: take NVIDIA apex's FusedLayerNorm instead of PyTorch's.
     """
@@ -55,6 +57,7 @@ class TrainerConfig:
     log_every: int = 10
     eval_every: int = 1000
     eval_samples: int = 10000
+    recompute: Literal["nothing", "elementwise", "blocks"] = "nothing"
     apex_adam: bool = False
     apex_layer_norm: bool = False
 
@@ -238,7 +241,7 @@ def _recipe_file(arguments: list[str]) -> Path | None:
 FREE = ("checkpoint", "safety", "trainer.max_steps", "trainer.epochs", "trainer.micro_batch", "trainer.log_every")
 FREE += ("trainer.eval_every", "trainer.eval_samples", "data.shards", "data.held_out", "data.tokenizer", "data.cache")
 FREE += ("data.workers", "data.remote", "data.cache_gb", "data.ahead", "data.retry_seconds", "data.max_bad_samples")
-FREE += ("data.max_bad_in_shard", "trainer.knn", "init", "data.images", "data.test")
+FREE += ("data.max_bad_in_shard", "trainer.recompute", "trainer.knn", "init", "data.images", "data.test")
 
 
 def changes(saved: dict[str, Any], recipe: Recipe) -> list[str]:
