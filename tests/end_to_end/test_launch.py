@@ -52,3 +52,13 @@ def test_zero3_trains_on_the_triton_kernel_as_on_the_reference(tmp_path, monkeyp
     assert curves["triton"] != curves["reference"]  # to the last bit: it did run
     for mine, other in zip(curves["triton"], curves["reference"], strict=True):
         assert mine == pytest.approx(other, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_zero3_loses_nothing_by_computing_again_in_backward(tmp_path):
+    curves = {}
+    for policy in ("nothing", "elementwise", "blocks"):
+        done = pretrain(tmp_path / policy, *STEPS, "--trainer.recompute", policy)
+        assert done.returncode == 0, done.stdout + done.stderr
+        curves[policy] = losses(tmp_path / policy)
+    assert curves["elementwise"] == curves["blocks"] == curves["nothing"]
