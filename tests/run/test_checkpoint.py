@@ -227,6 +227,28 @@ def test_a_save_is_due_after_minutes_without_one(tmp_path, monkeypatch):
     assert not one.time_is_up()
 
 
+def test_a_run_that_has_updated_nothing_yet_is_saved_and_then_trains_as_any(tmp_path):
+    """Its first batch was skipped; an optimizer without ZeRO has no state then."""
+    torch.manual_seed(0)
+    one = saver_of(tmp_path)
+    module, fresh = one.engine.module, nn.Linear(3, 2)
+    one.engine.optimizer = one.engine.basic_optimizer = torch.optim.AdamW(module.parameters())
+    fresh.load_state_dict(module.state_dict())
+    oracle = torch.optim.AdamW(fresh.parameters())
+    begin(one, 1)
+    saved = SavedState(tmp_path / "checkpoint-1")
+    assert torch.equal(saved.read("weight", Piece("weight", 0), 6), fresh.weight.flatten())
+    assert not saved.read("exp_avg", Piece("weight", 0), 6).any()
+    assert not saved.read("exp_avg_sq", Piece("bias", 0), 2).any()
+    assert checkpoint.verify(tmp_path / "checkpoint-1").manifest["adam_steps"] == 0
+    for step in range(2):
+        for model, optimizer in ((module, one.engine.optimizer), (fresh, oracle)):
+            optimizer.zero_grad()
+            model(torch.tensor([[1.0, step, -2.0]])).square().sum().backward()
+            optimizer.step()
+    assert torch.equal(module.weight, fresh.weight) and torch.equal(module.bias, fresh.bias)
+
+
 def test_the_state_comes_back_as_it_was(tmp_path):
     save(tmp_path, 2)
     manifest = checkpoint.verify(tmp_path / "checkpoint-2").manifest
