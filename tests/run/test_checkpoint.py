@@ -10,7 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mug.run import replay
 from mug.run.training import checkpoint, hardware, saver
+from mug.run.training.bundle import Bundle
+from mug.run.training.bundle import write as write_bundle
 from mug.run.training.errors import RunError
 from mug.run.training.recipe import CheckpointConfig
 from mug.run.training.saver import Saver
@@ -74,6 +77,25 @@ def test_the_newest_are_kept(tmp_path):
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-6"]
     assert (tmp_path / "latest").read_text() == "checkpoint-10"
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_a_replay_bundle_starts_from_is_kept_as_long_as_the_bundle(tmp_path):
+    save(tmp_path, 2, keep=1)
+    bundle = write_bundle(tmp_path, Bundle(3, "checkpoint-2", "x.json", 1, 0, {}, [], {}))
+    write_bundle(tmp_path, Bundle(1, None, "x.json", 1, 0, {}, [], {}))
+    (tmp_path / "replay" / "step-9.json").write_text('{"checkpoint": "checkpoint-4"')  # cut by a crash
+    for step in (4, 6):
+        save(tmp_path, step, keep=1)
+    assert names(tmp_path) == ["checkpoint-6", "checkpoint-2"]
+    assert replay.find_state(tmp_path / "checkpoint-2").step == 2
+    bundle.unlink()
+    save(tmp_path, 8, keep=1)
+    assert names(tmp_path) == ["checkpoint-8"]
+
+
+def test_a_replay_without_its_checkpoint_is_one_line(tmp_path):
+    with pytest.raises(RunError, match=r"^\S+checkpoint-2, the state before the step, is gone; put it back there.*$"):
+        replay.find_state(tmp_path / "checkpoint-2")
 
 
 @pytest.mark.parametrize("victim", [WEIGHT, FIRST_MOMENT, "tokenizer.json", "manifest.json"])
