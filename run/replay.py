@@ -74,9 +74,23 @@ def load_state(model: torch.nn.Module, stream: TrainStream, replayed: Bundle, ou
         DataError: the shards are others.
     """
     if replayed.checkpoint:
-        found = hardware.on_rank_zero(lambda: checkpoint.verify(output / replayed.checkpoint))
+        found = hardware.on_rank_zero(lambda: find_state(output / replayed.checkpoint))
         load_weights(model, SavedState(found.folder))
         stream.load_state_dict(found.manifest["data"])
+
+
+def find_state(folder: Path) -> checkpoint.Checkpoint:
+    """The checkpoint of the state before the step.
+
+    Raises:
+        RunError: it is gone or damaged.
+    """
+    if not folder.is_dir():
+        raise RunError(
+            f"{folder}, the state before the step, is gone; put it back there. A run keeps it as long as the bundle"
+            " stays in its folder replay/"
+        )
+    return checkpoint.verify(folder)
 
 
 def compare(console: Console, replayed: Bundle, mine: list[MicroBatch], means: Means) -> int:

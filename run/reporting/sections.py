@@ -27,8 +27,8 @@ SUMMARIES = (
     ("images_per_s", "images a second, median", ".4g"),
     ("data_wait", "data wait, median", ".1%"),
     ("mfu", "model FLOPs utilisation, median", ".1%"),
-    ("goodput", "goodput, median", ".1%"),
 )
+TO_FIRST_STEP = "seconds/total"  # of a start or resume event; its parts are seconds/PHASE
 
 
 def build(title: str, runs: Sequence[RunFolder], warn: Callable[[str], None]) -> str:
@@ -79,13 +79,30 @@ def _facts(run: RunFolder) -> dict[str, str]:
         if values := [row[name] for row in run.rows if row.get(name) is not None]:
             facts[title] = format(statistics.median(values), form)
     facts["samples replaced"] = f"{run.ledger.entries:,}"
+    facts |= _interruptions(run)
     if lives:
         latest = lives[-1]
-        facts["resumed"] = f"{len(lives) - 1} times"
         facts["device"] = latest.get("device")
         facts["ranks"], facts["ZeRO stage"] = latest.get("world_size"), latest.get("zero_stage")
         facts["versions"] = ", ".join(f"{n} {latest[n]}" for n in ("torch", "deepspeed", "timm") if n in latest)
     return {name: html.escape(str(value)) for name, value in facts.items() if value is not None}
+
+
+def _interruptions(run: RunFolder) -> dict[str, str]:
+    """What the run lost to starting again and to saving."""
+    facts, lives = {}, run.lives()
+    if goodput := [row["goodput"] for row in run.of_kind("train") if row.get("goodput") is not None]:
+        facts["goodput"] = f"{goodput[-1]:.1%}"  # each is of the time since the first start
+    if lives:
+        facts["restarts"] = f"{len(lives) - 1}"
+    if again := [life[TO_FIRST_STEP] for life in lives[1:] if TO_FIRST_STEP in life]:
+        facts["restart to first step"] = f"{statistics.median(again):.1f} s, median"
+    saves = [row for row in run.of_kind("event") if row.get("event") == "checkpoint"]
+    if stalls := [row["seconds"] for row in saves if row.get("seconds") is not None]:
+        facts["checkpoint stall"] = (
+            f"{statistics.median(stalls):.2f} s, median of {len(stalls)}; {sum(stalls):.0f} s in all"
+        )
+    return facts
 
 
 # --- Charts -----------------------------------------------------------------------------------------------
@@ -224,7 +241,8 @@ def restarts(runs: Sequence[RunFolder]) -> str:
 def _restarts_of(run: RunFolder, number: int) -> str:
     prefix = "seconds/"
     lives = run.lives()[-LIVES_SHOWN:]
-    phases = dict.fromkeys(name for life in lives for name in life if name.startswith(prefix))
+    named = dict.fromkeys(name for life in lives for name in life if name.startswith(prefix))
+    phases = [name for name in named if name != TO_FIRST_STEP]
     if not phases:
         return ""
     seconds = [{name: life.get(name) or 0.0 for name in phases} for life in lives]

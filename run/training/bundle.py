@@ -1,5 +1,6 @@
 """What it takes to run a step again whose loss or gradient was not finite: a JSON file in OUTPUT/replay."""
 
+import contextlib
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -51,6 +52,15 @@ def write(output: Path, bundle: Bundle) -> Path:
         micro_batch["losses"] = {term: repr(loss) for term, loss in micro_batch["losses"].items()}
     path.write_text(json.dumps({"format": FORMAT, **fields}, indent=1) + "\n")
     return path
+
+
+def checkpoints_to_replay(output: Path) -> set[str]:
+    """The names of those that the bundles of a run start from."""
+    names = set()
+    for path in (output / "replay").glob("step-*.json"):
+        with contextlib.suppress(RunError):  # what is no bundle cannot be run again, either
+            names.add(read(path).checkpoint)
+    return names - {None}
 
 
 def read(path: Path) -> Bundle:

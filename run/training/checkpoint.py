@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mug.run.training.bundle import checkpoints_to_replay
 from mug.run.training.errors import RunError
 
 MANIFEST = "manifest.json"
@@ -53,7 +54,7 @@ def commit(
         files: by name, what all ranks have written and fsynced: at least `size` and `sha256`.
         state: JSON values that go into the manifest (data state, recipe, vocabulary).
         attached: texts by file name, stored beside those files.
-        keep: how many of the newest checkpoints remain.
+        keep: how many of the newest checkpoints remain; besides, those that a replay bundle starts from.
     """
     partial, final = output / f"checkpoint-{step}.partial", output / f"checkpoint-{step}"
     for name, text in attached.items():
@@ -197,6 +198,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _prune(output: Path, keep: int) -> None:
+    to_replay = checkpoints_to_replay(output)
     for folder in list_folders(output)[keep:]:
-        # Renamed first, or a crash in mid-removal would leave a damaged one.
-        shutil.rmtree(folder.rename(folder.with_suffix(".partial")))
+        if folder.name not in to_replay:
+            # Renamed first, or a crash in mid-removal would leave a damaged one.
+            shutil.rmtree(folder.rename(folder.with_suffix(".partial")))

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -44,6 +45,7 @@ class Console:
         self.log: Path | None = None
         self.bar: Progress | None = None
         self.unit = "step"
+        self.unread = False
         self._redirect(self.early.fileno())
         lines = logging.getLogger("mug")  # what the layers below have to say
         lines.setLevel(logging.INFO)
@@ -75,14 +77,26 @@ class Console:
 
     def say(self, line: str) -> None:
         """A line on the terminal, from rank 0 alone; above the progress bar if there is one."""
-        if self.rank == 0:
-            self.bar.console.print(line, highlight=False, markup=False) if self.bar else print(line, file=self.terminal)
+        if self.rank == 0 and self.bar:
+            self.bar.console.print(line, highlight=False, markup=False)
+        elif self.rank == 0:
+            try:
+                print(line, file=self.terminal)
+            except BrokenPipeError:
+                self._ask_to_end()
+
+    def _ask_to_end(self) -> None:
+        """Nobody reads what is said: the launcher's connection is gone, or the pipe's other end. A run saves first."""
+        if not self.unread:
+            self.unread = True
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def warn(self, line: str) -> None:
         self.say(f"warning: {line}")
 
     def fail(self, line: str) -> None:
-        print(line, file=self.errors)
+        with contextlib.suppress(BrokenPipeError):
+            print(line, file=self.errors)
 
     def start_bar(self, total: int, done: int, unit: str = "step") -> None:
         """A progress bar where the terminal can show one; plain lines (`step`) do elsewhere."""

@@ -84,7 +84,7 @@ class CheckpointConfig:
     Args:
         every_steps: steps between two checkpoints; also at the end.
         every_minutes: also after so many minutes without one, at a step that is logged; 0 leaves it to the steps.
-        keep: how many of the newest to keep.
+        keep: how many of the newest to keep; those that a replay bundle starts from stay, too.
         asynchronous: copy the state to host memory and write it from there while training goes on.
     """
 

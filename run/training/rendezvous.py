@@ -2,11 +2,16 @@
 
 import os
 import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
 
 from torch.distributed import DistError, DistNetworkError, PrefixStore, Store, TCPStore
 
 from mug.run.training.errors import RunError, SaidByThisRank
+
+MARGIN = 10.0  # seconds for TCPStore to see by itself that its time is up
 
 
 def patience() -> timedelta:
@@ -22,7 +27,7 @@ def meet(rank: int, world: int) -> Store:
 
     Raises:
         RunError: the port is taken, or ranks are missing; on rank 0.
-        SaidByThisRank: rank 0 cannot be reached, or gave up; on another rank.
+        SaidByThisRank: rank 0 cannot be reached, or gave up, or it is not rank 0 that listens there; on another rank.
     """
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     store = _open_store(rank, world, place)
@@ -43,9 +48,9 @@ def _open_store(rank: int, world: int, place: str) -> Store:
     # torchrun's agent serves the store itself, the same one after a restart.
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    serves = rank == 0 and not agents
     try:
-        serves = rank == 0 and not agents
-        store = TCPStore(address, int(port), world, serves, patience(), wait_for_workers=False)
+        store = _in_time(lambda: TCPStore(address, int(port), world, serves, patience(), wait_for_workers=False))
     except DistNetworkError as error:
         if "EADDRINUSE" in str(error):
             raise RunError(
@@ -53,15 +58,34 @@ def _open_store(rank: int, world: int, place: str) -> Store:
                 " (--master_port of the launcher)"
             ) from None
         raise SaidByThisRank(_unreachable(rank, place)) from None
-    except DistError:
+    except (DistError, TimeoutError):
         raise SaidByThisRank(_unreachable(rank, place)) from None
     return PrefixStore(f"mug, attempt {attempt}", store)
+
+
+def _in_time(connect: Callable[[], Store]) -> Store:
+    """What `connect()` returns or raises; TimeoutError if it does neither.
+
+    A program that accepts the connection and says nothing holds TCPStore for ever, whatever its timeout. The thread
+    that waits for it is left behind: its process is about to end.
+    """
+    connected: Future[Store] = Future()
+
+    def attempt() -> None:
+        try:
+            connected.set_result(connect())
+        except Exception as error:
+            connected.set_exception(error)
+
+    threading.Thread(target=attempt, daemon=True).start()
+    return connected.result(patience().total_seconds() + MARGIN)
 
 
 def _unreachable(rank: int, place: str) -> str:
     return (
         f"rank {rank} on {socket.gethostname()} cannot reach {place}; is MASTER_ADDR (--master_addr) an address of the"
-        " first host that the others can reach, and is rank 0 running?"
+        " first host that the others can reach, is rank 0 running, and is MASTER_PORT (--master_port) taken by another"
+        " program there?"
     )
 
 

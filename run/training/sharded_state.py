@@ -63,8 +63,11 @@ def owned(engine: Any) -> list[Held]:
 def state_of(engine: Any, held: Iterable[Held]) -> State:
     """fp32 weights and moments, as views: writing to them changes what is trained."""
     state: State = {kind: {} for kind in KINDS}
+    optimizer = engine.basic_optimizer
     for piece, numel, master, offset in held:
-        tensors = {WEIGHT: master, **engine.basic_optimizer.state[master]}
+        if not optimizer.state[master]:  # stage 0, before the first update: a run can be saved that has skipped it
+            optimizer.state[master] = _blank_state(optimizer, master, steps=0)
+        tensors = {WEIGHT: master, **optimizer.state[master]}
         for kind in KINDS:
             state[kind][piece] = tensors[kind].detach().view(-1).narrow(0, offset, numel)
     return state

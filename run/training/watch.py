@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -25,6 +26,7 @@ import torch.distributed as dist
 
 from mug.run.training.console import Console, leave
 from mug.run.training.errors import RESTART, is_of_communication
+from mug.run.training.launcher import LAUNCHER
 
 BEAT = 5.0  # seconds between two messages of a rank
 SILENCE = 40.0  # seconds without a message after which a rank is given up
@@ -78,8 +80,11 @@ class Watch:
 
     def _listen(self) -> None:
         """Speak and listen until this rank leaves, or the board says who is lost, or is lost itself."""
-        heard = time.monotonic()
+        heard, launcher_is_gone = time.monotonic(), False
         while not self.left:
+            if not launcher_is_gone and LAUNCHER.is_gone():
+                launcher_is_gone = True
+                self._ask_to_end()
             self.line.send({"progress": self.progress, "place": self.place, "waits": _waits_for_others()})
             messages = self.line.receive(BEAT)
             if self.left:
@@ -97,6 +102,12 @@ class Watch:
                     self.console.warn(message["warning"])
                 if "end" in message:
                     self._end(message["end"], message["status"], speaks=self.rank == 0)
+
+    def _ask_to_end(self) -> None:
+        """As a launcher or a scheduler does: all ranks save and end; what has not begun to train just ends."""
+        self.console.warn("the launcher is gone: the run is saved, and ends")
+        print("the launcher of this rank is gone", file=sys.stderr)  # into the log
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _end(self, line: str, status: int = RESTART, speaks: bool | None = None) -> NoReturn:
         """End this process. Where rank 0 is gone and cannot say so, the first ranks of each machine do."""

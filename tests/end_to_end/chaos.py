@@ -273,12 +273,20 @@ def kill_a_rank(soak: Soak) -> None:
 
 
 def kill_the_launcher(soak: Soak) -> None:
-    """Its ranks are orphans until the scheduler takes them away; another start meanwhile is refused."""
+    """Its ranks notice, save and end; another start meanwhile is refused."""
     life = soak.start(soak.random.choice([torchrun(2), deepspeed(2)]))
     soak.train(life, 1)
     life.process.kill()
-    time.sleep(soak.random.uniform(0, 1))
+    all_ranks_end(life)
     assert life.end() != 0
+
+
+def all_ranks_end(life: Life) -> None:
+    """By themselves."""
+    deadline = time.monotonic() + PATIENCE
+    while life.ranks():
+        assert time.monotonic() < deadline, f"ranks hang:\n{life.text()}"
+        time.sleep(0.5)
 
 
 def kill_a_data_worker(soak: Soak) -> None:
@@ -390,10 +398,7 @@ def cut_the_network(soak: Soak) -> None:
         life = soak.start(made.hosts[0].command(launcher), DS_ENV_FILE=f"{folder}/env")
         soak.train(life, 2)
         made.plug(1, up=False)
-        deadline = time.monotonic() + PATIENCE
-        while any(is_rank(process) for process in life.tree()):
-            assert time.monotonic() < deadline, f"ranks hang:\n{life.text()}"
-            time.sleep(0.5)
+        all_ranks_end(life)
         assert life.end() != 0
 
 

@@ -1,12 +1,15 @@
 """Several hosts, as namespaces of this machine (hosts.py): the launches that cross them."""
 
 import subprocess
+import sys
 import time
 
 import psutil
 import pytest
 from hosts import INTERFACE, cluster, lacking
 from launch import BIN, TOY, ZERO3, environment, losses, pretrain, rows
+
+from mug.run.training import checkpoint
 
 pytestmark = pytest.mark.skipif(lacking() is not None, reason=str(lacking()))
 
@@ -144,3 +147,67 @@ def test_a_host_that_does_not_exist(three_hosts, tmp_path):
     assert "host9: ssh: Could not resolve hostname host9" in done.stderr  # pdsh's
     assert "Traceback" not in done.stdout + done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_hosts_are_checked_before_the_launch(three_hosts, tmp_path):
+    """With a first host that does not exist, DeepSpeed's launcher ends in a traceback before any of ours."""
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("host9 slots=1\nhost1 slots=1\nhost2 slots=1\n")
+    done = three_hosts.run(sys.executable, "run/check_hosts.py", str(hostfile))
+    assert (done.returncode, done.stderr) == (1, "")
+    missing, *others = done.stdout.splitlines()
+    assert missing.startswith("host9: ssh: Could not resolve hostname host9: ")
+    assert others[:2] == ["host1: ok, at 10.77.0.1", "host2: ok, at 10.77.0.2"]
+    hostfile.write_text("host1 slots=1\nhost2 slots=1\n")
+    done = three_hosts.run(sys.executable, "run/check_hosts.py", str(hostfile))
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "ready: 2 host(s)")
+
+
+def cut_session(launched: subprocess.Popen, session: psutil.Process) -> None:
+    session.kill()
+
+
+def kill_pdsh(launched: subprocess.Popen, session: psutil.Process) -> None:
+    started = psutil.Process(launched.pid).children(recursive=True)
+    (pdsh, *_) = [one for one in started if one.name().startswith("pdsh")]
+    pdsh.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [cut_session, kill_pdsh])
+def test_a_host_loses_the_connection_that_started_it(three_hosts, tmp_path, cut):
+    """The second one's launcher has no parent any more, or nobody reads rank 0: the run is saved, and ends on both."""
+    output, hostfile = tmp_path / "run", hostfile_of(three_hosts, 2, tmp_path)
+    env_file = str(three_hosts.hostfile.parents[1] / "deepspeed_env")
+    command = [str(BIN / "deepspeed"), "--hostfile", hostfile, *train(output), "--trainer.max_steps", "100000"]
+    with (tmp_path / "said").open("w") as said:
+        launched = subprocess.Popen(
+            three_hosts.hosts[0].command(command),
+            env=environment() | {"DS_ENV_FILE": env_file},
+            stdout=said,
+            stderr=said,
+        )
+    try:
+        while not (output / "metrics.jsonl").exists():
+            assert launched.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.05)
+        below = [below_sshd(host) for host in three_hosts.hosts[:2]]
+        ranks = [one for _, started in below for one in started]
+        assert sum("run/pretrain.py" in one.cmdline()[:3] for one in ranks) == 2
+        cut(launched, below[1][0])
+        assert not psutil.wait_procs(ranks, timeout=60)[1]
+    finally:
+        for process in [*psutil.Process(launched.pid).children(recursive=True), launched]:
+            process.kill()
+        launched.wait()
+    assert checkpoint.newest(output, warn=pytest.fail)
+    if cut is cut_session:
+        assert "the launcher of this rank is gone" in (output / "logs" / "rank1.log").read_text()
+
+
+def below_sshd(host) -> tuple[psutil.Process, list[psutil.Process]]:
+    """The host's end of the connection, and what it has started."""
+    first = psutil.Process(host.first_process)
+    (session,) = [one for one in first.children(recursive=True) if "notty" in " ".join(one.cmdline())]
+    return session, session.children(recursive=True)

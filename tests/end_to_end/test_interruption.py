@@ -13,8 +13,10 @@ import pytest
 from launch import ROOT, TOY, ZERO3, deepspeed, environment, free_port, losses, pretrain, torchrun
 
 from mug.run.training import checkpoint
+from mug.run.training.watch import BEAT
 
 STEPS = 40
+FOR_EVER = 100_000
 OPTIONS = [
     *TOY,
     *("--trainer.global_batch", "12", "--trainer.micro_batch", "2"),
@@ -27,11 +29,11 @@ SCRIPT = ["run/pretrain.py", "--deepspeed", ZERO3]
 class Job:
     """A command in the background, with what it says in a file."""
 
-    def __init__(self, output: Path, command: list[str], **variables: str):
+    def __init__(self, output: Path, command: list[str], steps: int = STEPS, **variables: str):
         self.output, self.said = output, output.with_suffix(f".said{variables.get('RANK', '')}")
         with self.said.open("w") as file:
             self.process = subprocess.Popen(
-                [*command, *SCRIPT, "--output", str(output), *OPTIONS],
+                [*command, *SCRIPT, "--output", str(output), *OPTIONS, "--trainer.max_steps", str(steps)],
                 cwd=ROOT,
                 env=environment() | variables,
                 stdout=file,
@@ -134,6 +136,37 @@ def test_a_rank_is_killed(tmp_path, launcher):
     assert len(lines) == 1 and lines[0].startswith(line) and "is gone: its process ended" in lines[0]
     for rank in (0, 2):
         assert line.removeprefix("error: ") in (output / "logs" / f"rank{rank}.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [deepspeed, torchrun])
+def test_the_launcher_is_killed(tmp_path, launcher):
+    """DeepSpeed's is two processes; its ranks are not children of the one that a user knows."""
+    job = Job(tmp_path / "run", launcher(2), steps=FOR_EVER)
+    wait_for_rows(job.output, 4)
+    ranks = [job.rank(0), job.rank(1)]
+    job.process.kill()
+    begin = time.monotonic()
+    assert not psutil.wait_procs(ranks, timeout=60)[1]
+    print(f"all ranks had ended {time.monotonic() - begin:.1f} s after the launcher was killed")
+    found = checkpoint.newest(job.output, warn=pytest.fail)
+    assert f"SIGTERM: step {found.step} is saved" in job.text()
+    assert "warning: the launcher is gone" in job.text()
+
+
+@pytest.mark.slow
+def test_a_rank_without_a_launcher_outlives_the_shell_that_started_it(tmp_path):
+    """As with nohup or setsid."""
+    job = Job(tmp_path / "run", ["sh", "-c", '"$@" & sleep 1000', "sh", sys.executable], steps=FOR_EVER)
+    wait_for_rows(job.output, 4)
+    started = psutil.Process(job.process.pid).children()
+    (rank,) = [one for one in started if SCRIPT[0] in one.cmdline()]
+    job.process.kill()
+    try:
+        assert psutil.wait_procs([rank], timeout=2 * BEAT + 2)[1] == [rank]
+    finally:
+        for process in started:
+            process.kill()
 
 
 @pytest.mark.slow

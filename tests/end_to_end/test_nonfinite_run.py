@@ -91,6 +91,26 @@ def test_a_batch_is_skipped_and_the_run_that_is_killed_afterwards_knows(tmp_path
 
 
 @pytest.mark.slow
+def test_the_very_first_batch_is_skipped(tmp_path, monkeypatch):
+    """Without ZeRO the optimizer has no state before its first update; the run is saved all the same, and goes on."""
+    monkeypatch.setenv("POISON", "3")
+    options = (*OPTIONS, "--safety.nonfinite", "skip")
+    for steps in ("1", "2"):
+        done = pretrain(
+            tmp_path,
+            *(*options, "--trainer.max_steps", steps),
+            launcher=[*PYTHON, *POISONED],
+            config="ds_configs/zero0.json",
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "going on after step 1" in done.stdout
+    manifests = [checkpoint.verify(tmp_path / f"checkpoint-{step}").manifest for step in (1, 2)]
+    assert [manifest["adam_steps"] for manifest in manifests] == [0, 1]
+    assert manifests[1]["data"]["skipped"] == [[0, 8]]
+    assert [row["loss/total"] is None for row in losses(tmp_path)] == [True, False]
+
+
+@pytest.mark.slow
 def test_a_spike_is_undone_and_what_led_to_it_is_skipped(tmp_path, monkeypatch):
     """The loss of one sample is 1e4 too high at step 11, which a loss above 3 times the median gives away."""
     monkeypatch.setenv("POISON", f"{10 * BATCH + 5}:1e4")

@@ -1,6 +1,7 @@
 """A user's mistake ends with one line that names it, status 2, and nothing written."""
 
 import json
+import socket
 
 import pytest
 from launch import ROOT, TOY, pretrain
@@ -82,3 +83,15 @@ def test_output_that_cannot_be_written(tmp_path):
     done = pretrain(file / "run", *TOY)
     assert_refused(done, str(file), file / "run")
     assert file.read_text() == "not a folder"
+
+
+@pytest.mark.slow
+def test_another_program_listens_where_rank_zero_should(tmp_path, monkeypatch):
+    """It takes the connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+        for name, value in {**place, "LOCAL_WORLD_SIZE": "2", "MUG_PATIENCE_SECONDS": "2"}.items():
+            monkeypatch.setenv(name, value)
+        done = pretrain(tmp_path / "run", *TOY)
+    assert_refused(done, f"cannot reach 127.0.0.1:{port}; ", tmp_path / "run")

@@ -10,7 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mug.run import replay
 from mug.run.training import checkpoint, hardware, saver
+from mug.run.training.bundle import Bundle
+from mug.run.training.bundle import write as write_bundle
 from mug.run.training.errors import RunError
 from mug.run.training.recipe import CheckpointConfig
 from mug.run.training.saver import Saver
@@ -74,6 +77,25 @@ def test_the_newest_are_kept(tmp_path):
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-6"]
     assert (tmp_path / "latest").read_text() == "checkpoint-10"
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_a_replay_bundle_starts_from_is_kept_as_long_as_the_bundle(tmp_path):
+    save(tmp_path, 2, keep=1)
+    bundle = write_bundle(tmp_path, Bundle(3, "checkpoint-2", "x.json", 1, 0, {}, [], {}))
+    write_bundle(tmp_path, Bundle(1, None, "x.json", 1, 0, {}, [], {}))
+    (tmp_path / "replay" / "step-9.json").write_text('{"checkpoint": "checkpoint-4"')  # cut by a crash
+    for step in (4, 6):
+        save(tmp_path, step, keep=1)
+    assert names(tmp_path) == ["checkpoint-6", "checkpoint-2"]
+    assert replay.find_state(tmp_path / "checkpoint-2").step == 2
+    bundle.unlink()
+    save(tmp_path, 8, keep=1)
+    assert names(tmp_path) == ["checkpoint-8"]
+
+
+def test_a_replay_without_its_checkpoint_is_one_line(tmp_path):
+    with pytest.raises(RunError, match=r"^\S+checkpoint-2, the state before the step, is gone; put it back there.*$"):
+        replay.find_state(tmp_path / "checkpoint-2")
 
 
 @pytest.mark.parametrize("victim", [WEIGHT, FIRST_MOMENT, "tokenizer.json", "manifest.json"])
@@ -225,6 +247,28 @@ def test_a_save_is_due_after_minutes_without_one(tmp_path, monkeypatch):
     begin(one, 2)
     clock = 60.0
     assert not one.time_is_up()
+
+
+def test_a_run_that_has_updated_nothing_yet_is_saved_and_then_trains_as_any(tmp_path):
+    """Its first batch was skipped; an optimizer without ZeRO has no state then."""
+    torch.manual_seed(0)
+    one = saver_of(tmp_path)
+    module, fresh = one.engine.module, nn.Linear(3, 2)
+    one.engine.optimizer = one.engine.basic_optimizer = torch.optim.AdamW(module.parameters())
+    fresh.load_state_dict(module.state_dict())
+    oracle = torch.optim.AdamW(fresh.parameters())
+    begin(one, 1)
+    saved = SavedState(tmp_path / "checkpoint-1")
+    assert torch.equal(saved.read("weight", Piece("weight", 0), 6), fresh.weight.flatten())
+    assert not saved.read("exp_avg", Piece("weight", 0), 6).any()
+    assert not saved.read("exp_avg_sq", Piece("bias", 0), 2).any()
+    assert checkpoint.verify(tmp_path / "checkpoint-1").manifest["adam_steps"] == 0
+    for step in range(2):
+        for model, optimizer in ((module, one.engine.optimizer), (fresh, oracle)):
+            optimizer.zero_grad()
+            model(torch.tensor([[1.0, step, -2.0]])).square().sum().backward()
+            optimizer.step()
+    assert torch.equal(module.weight, fresh.weight) and torch.equal(module.bias, fresh.bias)
 
 
 def test_the_state_comes_back_as_it_was(tmp_path):

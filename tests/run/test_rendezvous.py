@@ -1,11 +1,14 @@
 """Ranks that meet before there is a process group."""
 
 import socket
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from torch.distributed import TCPStore
 
+from mug.run.training import rendezvous
 from mug.run.training.errors import RunError, SaidByThisRank
 from mug.run.training.rendezvous import meet
 
@@ -54,6 +57,29 @@ def test_a_port_in_use(port):
         other.listen()
         with pytest.raises(RunError, match=f"port {port} of .* is in use"):
             meet(0, 1)
+
+
+@pytest.mark.parametrize("says", [b"", b"SSH-2.0-OpenSSH_9.2\r\n"], ids=["nothing", "something else"])
+def test_another_program_on_the_port(port, monkeypatch, says):
+    """It takes the connection; what it says is not what rank 0 would say."""
+    monkeypatch.setattr(rendezvous, "MARGIN", 1.0)
+    with socket.create_server(("127.0.0.1", port)) as other:
+        answer = threading.Thread(target=lambda: kept.append(_greeted(other, says)), daemon=True)
+        kept: list[socket.socket] = []
+        answer.start()
+        begin = time.monotonic()
+        with pytest.raises(SaidByThisRank) as refused:
+            meet(1, 2)
+        assert time.monotonic() - begin < 60  # it used to be for ever
+    (line,) = str(refused.value).splitlines()
+    assert f"cannot reach 127.0.0.1:{port}; " in line and "taken by another program" in line
+
+
+def _greeted(server: socket.socket, says: bytes) -> socket.socket:
+    """The first connection, once it was said to; open as long as somebody holds it."""
+    connection, _ = server.accept()
+    connection.sendall(says)
+    return connection
 
 
 def test_a_restart_under_torchrun_begins_afresh(port, monkeypatch):

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from mug.run import report
+from mug.run.reporting import sections
 from mug.run.reporting.chart import smoothed, thinned
 from mug.run.reporting.runs import open_runs
 from mug.run.training.checkpoint import commit, open_partial
@@ -35,7 +36,8 @@ def train_row(step: int, pixels: float | None) -> dict:
 
 def make_run(folder: Path, scale: float, recipe: dict) -> list[dict]:
     """A run's folder with everything in it, and its rows."""
-    life = {"position": 0, "world_size": 2, "zero_stage": 3, "device": "CPU", "seconds/imports": 2.5, "seconds/data": 1}
+    life = {"position": 0, "world_size": 2, "zero_stage": 3, "device": "CPU"}
+    life |= {"seconds/imports": 2.5, "seconds/data": 1, "seconds/total": 3.5}
     rows = [{"kind": "event", "step": 0, "event": "start", **life}]
     rows += [train_row(step, None if step == 50 else scale / step) for step in STEPS]
     rows += [
@@ -175,6 +177,22 @@ def test_tables_say_what_the_folders_hold(made):
         ["data", "1.00", "1.00"],
         ["all", "3.50", "3.50"],
     ]
+
+
+def test_what_interruptions_and_saves_cost(tmp_path):
+    """Restarts alone count for their time, not the first start; the goodput is the last, which is of the whole run."""
+    seconds = {"start": [100.0], "resume": [20.0, 26.0, 70.0], "checkpoint": [0.5, 0.25, 3.0, 0.25]}
+    rows = [train_row(step, 1.0) | {"goodput": goodput} for step, goodput in ((1, 0.9), (2, 0.2), (3, 0.625))]
+    for event, values in seconds.items():
+        name = "seconds" if event == "checkpoint" else "seconds/total"
+        rows += [{"kind": "event", "step": 2, "event": event, name: value} for value in values]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = sections.build("title", open_runs([str(tmp_path)]), warn=pytest.fail)
+    overview = dict(row for row in cells(page, "<h2>Runs") if row[0])
+    assert overview["goodput"] == "62.5%"
+    assert overview["restarts"] == "3"
+    assert overview["restart to first step"] == "26.0 s, median"
+    assert overview["checkpoint stall"] == "0.38 s, median of 4; 4 s in all"
 
 
 def test_pictures_and_captions_of_every_evaluation(made):

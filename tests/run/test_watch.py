@@ -74,6 +74,19 @@ def be_late(rank: int, guard: Watch) -> None:
     dist.barrier()
 
 
+def lose_its_launcher(rank: int, guard: Watch) -> None:
+    asked = []
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    if rank == 1:
+        watch.LAUNCHER.is_gone = lambda: True
+    deadline = time.monotonic() + (20 if rank == 1 else 1)
+    while not asked and time.monotonic() < deadline:
+        time.sleep(0.1)
+    dist.barrier()
+    time.sleep(1)  # ten beats
+    guard.console.fail(f"rank {rank} was asked {len(asked)} times")
+
+
 def raise_an_error(rank: int, guard: Watch) -> None:
     if rank == 1:
         raise KeyError("of rank 1")
@@ -167,6 +180,13 @@ def test_a_late_rank_is_named_and_may_go_on(tmp_path):
     codes, pids, lines = run(tmp_path, be_late, hang_seconds=5.0)
     assert codes == [0, 0, 0]
     assert len(lines) == 1 and f"pid {pids[2]}, step 7) got no further for 1 s" in lines[0]
+
+
+def test_a_rank_whose_launcher_is_gone_is_asked_to_end_once(tmp_path):
+    codes, _, lines = run(tmp_path, lose_its_launcher)
+    said = {f"rank {rank} was asked {int(rank == 1)} times" for rank in range(WORLD)}
+    assert codes == [0, 0, 0] and said == {line for line in lines if "asked" in line}
+    assert "the launcher of this rank is gone" in (tmp_path / "rank1.log").read_text()
 
 
 def test_an_error_of_one_rank_ends_the_others(tmp_path):
