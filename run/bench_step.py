@@ -19,13 +19,13 @@ from jsonargparse import Namespace
 from mug.model.mug import MUG, Batch
 from mug.model.presets import PRESETS, ModelConfig, Vocabulary, resolve
 from mug.run.benchmarks.synthetic import WEIGHTS, synthetic_batch
-from mug.run.pretrain import train_step
 from mug.run.training import hardware
 from mug.run.training.command_line import Parser
 from mug.run.training.console import Console, run_command
 from mug.run.training.deepspeed_config import load_deepspeed_config
 from mug.run.training.engine import build_engine, parameter_groups, recipe_values
 from mug.run.training.errors import RunError
+from mug.run.training.loop import train_step
 from mug.run.training.recipe import TrainerConfig
 
 VOCABULARY = {"tiny": 2000}  # of the embedded default; BERT's for the others

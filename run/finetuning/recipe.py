@@ -11,6 +11,7 @@ from mug.run.training.recipe import (
     RECIPES,
     CheckpointConfig,
     Command,
+    SafetyConfig,
     TrainerConfig,
     check_least,
     parse_recipe,
@@ -136,6 +137,7 @@ class FinetuneRecipe:
     augment: AugmentConfig
     trainer: FinetuneTrainerConfig
     checkpoint: CheckpointConfig
+    safety: SafetyConfig
     init: str | None = None
     seed: int = 0
 
