@@ -309,3 +309,10 @@ def check_least(recipe: Any, least: dict[str, float]) -> None:
             raise RunError(f"{name} must be at least {bound}, not {value}")
     if not all(0 <= beta < 1 for beta in recipe.trainer.betas):
         raise RunError(f"trainer.betas must lie in [0, 1), not be {recipe.trainer.betas}")
+
+
+def check_shares(recipe: Any, *names: str) -> None:
+    """Raise RunError unless the numbers of these dotted names are more than 0 and at most 1."""
+    for name in names:
+        if not 0 < (share := operator.attrgetter(name)(recipe)) <= 1:
+            raise RunError(f"{name} must be more than 0 and at most 1, not {share}")
