@@ -100,6 +100,17 @@ def test_asked_to_end_then_killed_then_resumed_gives_the_same_losses_to_the_digi
 
 
 @pytest.mark.slow
+def test_a_step_that_is_not_finite_ends_the_run_before_the_update(tmp_path, images):
+    output = tmp_path / "run"
+    enormous = ["--trainer.base_learning_rate", "1e38", "--checkpoint.every_steps", "1"]
+    done = finetune(output, images, *enormous, "--checkpoint.asynchronous", "true")
+    assert done.returncode == 3
+    assert done.stderr.strip() == "error: loss or gradient of step 2 is not finite; nothing was updated"
+    assert [row["step"] for row in rows(output, "train")] == [1]
+    assert checkpoint.newest(output, warn=pytest.fail).step == 1 and not list(output.glob("*.partial"))
+
+
+@pytest.mark.slow
 def test_zero_stages_give_the_same_losses(tmp_path, images, undisturbed):
     done = finetune(tmp_path / "zero3", images, config="zero3")
     assert done.returncode == 0, done.stdout + done.stderr
