@@ -16,37 +16,25 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from mug.model.mug import MUG
-from mug.model.presets import PRESETS, ModelConfig, Vocabulary, resolve
-from mug.run.bench_step import VOCABULARY, WEIGHTS, synthetic_batch
-from mug.run.pretrain import train_step
+from mug.model.presets import PRESETS
+from mug.run.benchmarks.one_rank import OneRank
 from mug.run.training import hardware
 from mug.run.training.command_line import Parser
 from mug.run.training.console import Console, run_command
-from mug.run.training.deepspeed_config import load_deepspeed_config
-from mug.run.training.engine import build_engine, recipe_values
 from mug.run.training.errors import RunError
-from mug.run.training.recipe import CheckpointConfig, TrainerConfig
+from mug.run.training.recipe import CheckpointConfig
 from mug.run.training.saver import Saver
 from mug.run.training.sharded_state import KINDS
 
 
 def main(console: Console) -> None:
     options = parse()
-    if hardware.rank_and_world() != (0, 1):
-        raise RunError("bench_checkpoint.py measures one rank; start it with plain python")
-    hardware.use_cores()
-    trainer = TrainerConfig(global_batch=options.batch, micro_batch=options.batch)
-    config = resolve(ModelConfig(options.preset))
-    ds_config = load_deepspeed_config(options.deepspeed, recipe_values(trainer, config.width, world=1))
-    hardware.init_distributed()
-    vocabulary = Vocabulary(VOCABULARY.get(options.preset, 30522), pad=0, bos=1, eos=2, mask=3)
-    batch = synthetic_batch(config, vocabulary, options.batch)
-    engine = build_engine(MUG(config, vocabulary), ds_config, trainer)
+    bench = OneRank.start(options)
+    engine = bench.engine()
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     folder = Path(tempfile.mkdtemp(dir=options.output))
     try:
-        stalls = measure(engine, lambda: train_step(engine, [batch], WEIGHTS), folder, options.rounds)
+        stalls = measure(engine, lambda: bench.step(engine), folder, options.rounds)
     finally:
         shutil.rmtree(folder)
     at_once, behind = (statistics.median(values) for values in stalls.values())

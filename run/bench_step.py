@@ -17,35 +17,23 @@ import torch
 from jsonargparse import Namespace
 
 from mug.model.mug import MUG, Batch
-from mug.model.presets import PRESETS, ModelConfig, Vocabulary, resolve
-from mug.run.benchmarks.synthetic import WEIGHTS, synthetic_batch
-from mug.run.pretrain import train_step
+from mug.model.presets import PRESETS
+from mug.run.benchmarks.one_rank import OneRank
+from mug.run.benchmarks.synthetic import WEIGHTS
 from mug.run.training import hardware
 from mug.run.training.command_line import Parser
 from mug.run.training.console import Console, run_command
-from mug.run.training.deepspeed_config import load_deepspeed_config
-from mug.run.training.engine import build_engine, parameter_groups, recipe_values
+from mug.run.training.engine import parameter_groups
 from mug.run.training.errors import RunError
 from mug.run.training.recipe import TrainerConfig
-
-VOCABULARY = {"tiny": 2000}  # of the embedded default; BERT's for the others
 
 
 def main(console: Console) -> None:
     options = parse()
-    if hardware.rank_and_world() != (0, 1):
-        raise RunError("bench_step.py compares one rank with one loop; start it with plain python")
-    hardware.use_cores()
-    trainer = TrainerConfig(global_batch=options.batch, micro_batch=options.batch)
-    config = resolve(ModelConfig(options.preset))
-    ds_config = load_deepspeed_config(options.deepspeed, recipe_values(trainer, config.width, world=1))
-    hardware.init_distributed()
-    vocabulary = Vocabulary(VOCABULARY.get(options.preset, 30522), pad=0, bos=1, eos=2, mask=3)
-    batch = synthetic_batch(config, vocabulary, options.batch)
-    bare = bare_loop(MUG(config, vocabulary), trainer, batch)
-    model = MUG(config, vocabulary)
-    engine = build_engine(model, ds_config, trainer)
-    times = take_turns({"bare": bare, "trainer": lambda: train_step(engine, [batch], WEIGHTS)}, options.steps)
+    bench = OneRank.start(options)
+    bare = bare_loop(bench.model(), bench.trainer, bench.batch)
+    engine = bench.engine()
+    times = take_turns({"bare": bare, "trainer": lambda: bench.step(engine)}, options.steps)
     median = {name: statistics.median(values) for name, values in times.items()}
     console.say(
         f"{options.preset}, batch {options.batch}, {hardware.describe_device()}, {Path(options.deepspeed).name}:"

@@ -17,7 +17,7 @@ from jsonargparse import Namespace
 
 from mug.data.loader import load
 from mug.data.stream import Share, TrainStream, open_train
-from mug.run.pretrain import build_objective, train_step, vocabulary_of
+from mug.run.pretrain import build_objective, vocabulary_of
 from mug.run.training import bundle, checkpoint, hardware
 from mug.run.training.bundle import Bundle, MicroBatch
 from mug.run.training.command_line import Parser
@@ -25,6 +25,7 @@ from mug.run.training.console import Console, run_command
 from mug.run.training.deepspeed_config import load_deepspeed_config
 from mug.run.training.engine import build_engine, recipe_values
 from mug.run.training.errors import RunError
+from mug.run.training.loop import train_step
 from mug.run.training.losses import Means
 from mug.run.training.recipe import Recipe
 from mug.run.training.sharded_state import SavedState, load_weights

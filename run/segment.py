@@ -24,7 +24,6 @@ from mug.model.segmenter import Segmenter
 from mug.run.evaluation.records import add_result
 from mug.run.finetuning.groups import layer_decay_groups
 from mug.run.finetuning.initial import initial_encoder
-from mug.run.pretrain import check_writable, lock
 from mug.run.segmentation.images import TrainScenes, WholeScenes, open_scenes
 from mug.run.segmentation.recipe import SegmentCommand, SegmentRecipe, parse_command
 from mug.run.segmentation.scoring import score
@@ -34,6 +33,7 @@ from mug.run.training.console import Console, run_command
 from mug.run.training.errors import RunError
 from mug.run.training.losses import Means, shares, total_loss
 from mug.run.training.metrics import Meter, MetricsWriter, open_metrics
+from mug.run.training.output import check_writable, lock
 from mug.run.training.packages import load_package
 from mug.run.training.schedule import LinearSchedule
 
@@ -58,15 +58,16 @@ def main(console: Console) -> None:
 
     # --- Model: of the newest whole checkpoint, if this output has one; else of the weights to begin with ---
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    begun = bool(hardware.on_rank_zero(lambda: checkpoint.list_folders(command.output)))
+    model = build_model(recipe, begun, console).to(hardware.device())
+    hardware.on_rank_zero(lambda: lock(command.output))
     resumed = hardware.on_rank_zero(lambda: find_checkpoint(command, console))
-    model = build_model(recipe, resumed is None, console).to(hardware.device())
+    console.log_to(command.output / "logs" / f"rank{rank}.log")
     groups = layer_decay_groups(model, trainer.weight_decay, trainer.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=trainer.betas)
     if resumed:
         read_state(resumed, model, optimizer)
         stream.load_state_dict(resumed.manifest["data"])
-    hardware.on_rank_zero(lambda: lock(command.output))
-    console.log_to(command.output / "logs" / f"rank{rank}.log")
 
     # --- Loop ---
     done = resumed.step if resumed else 0
@@ -104,10 +105,10 @@ def describe(recipe: SegmentRecipe) -> dict[str, Any]:
     return {**dataclasses.asdict(recipe.model), "global_batch": recipe.trainer.global_batch}
 
 
-def build_model(recipe: SegmentRecipe, fresh: bool, console: Console) -> Segmenter:
-    """The model; if `fresh`, its encoder with the weights to begin with. The same on all ranks."""
+def build_model(recipe: SegmentRecipe, begun: bool, console: Console) -> Segmenter:
+    """The model; unless the run has `begun`, its encoder with the weights to begin with. The same on all ranks."""
     of, sizes = recipe.model, recipe.model.encoder
-    encoder = initial_encoder(sizes, recipe.init if fresh else None, recipe.seed, console.warn)
+    encoder = initial_encoder(sizes, None if begun else recipe.init, recipe.seed, console.warn)
     return Segmenter(encoder, sizes, of.pretrained, of.classes, of.channels, of.drop_path, recipe.seed)
 
 

@@ -1,5 +1,6 @@
 """The recipe of a fine-tuning run, from YAML and the command line. No torch in here."""
 
+import operator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,12 +8,13 @@ from mug.model.presets import ModelConfig, resolve
 from mug.run.training.command_line import Parser
 from mug.run.training.errors import RunError
 from mug.run.training.recipe import (
-    LEAST,
     RECIPES,
     CheckpointConfig,
     Command,
+    SafetyConfig,
     TrainerConfig,
     check_least,
+    check_shares,
     parse_recipe,
     recipe_parser,
 )
@@ -21,8 +23,8 @@ DEFAULT_RECIPE = RECIPES / "finetune" / "fashion_mnist_tiny.yaml"
 
 
 @dataclass(frozen=True)
-class ClassifierConfig:
-    """The encoder's sizes, None taking the preset's value, and what stands on it.
+class EncoderConfig:
+    """The sizes of an encoder to fine-tune; None takes the preset's value.
 
     Args:
         preset: tiny, small, base, large or huge.
@@ -31,7 +33,6 @@ class ClassifierConfig:
         width: encoder width.
         depth: encoder blocks.
         heads: encoder attention heads.
-        pool: mean of the patch tokens, or cls, the class token.
         drop_path: rate of stochastic depth in the last block; it rises linearly from 0 at the first.
     """
 
@@ -41,7 +42,6 @@ class ClassifierConfig:
     width: int | None = None
     depth: int | None = None
     heads: int | None = None
-    pool: Literal["mean", "cls"] = "mean"
     drop_path: float = 0.1
 
     @property
@@ -53,6 +53,17 @@ class ClassifierConfig:
         """
         sizes = (self.preset, self.image_size, self.patch_size, self.width, self.depth, self.heads)
         return resolve(ModelConfig(*sizes))
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(EncoderConfig):
+    """An encoder and a linear head.
+
+    Args:
+        pool: mean of the patch tokens, or cls, the class token.
+    """
+
+    pool: Literal["mean", "cls"] = "mean"
 
 
 @dataclass(frozen=True)
@@ -136,6 +147,7 @@ class FinetuneRecipe:
     augment: AugmentConfig
     trainer: FinetuneTrainerConfig
     checkpoint: CheckpointConfig
+    safety: SafetyConfig
     init: str | None = None
     seed: int = 0
 
@@ -146,7 +158,7 @@ def build_parser() -> Parser:
     return recipe_parser("finetune.py", description, FinetuneRecipe, DEFAULT_RECIPE)
 
 
-SHARES = ("model.drop_path", "augment.erase", "augment.label_smoothing")
+RATES = ("model.drop_path", "augment.erase", "augment.label_smoothing")
 POSITIVE = ("augment.mixup", "augment.cutmix", "data.workers")
 
 
@@ -159,17 +171,14 @@ def parse_command(arguments: list[str] | None = None) -> Command:
     """
     command = parse_recipe(build_parser(), FinetuneRecipe, DEFAULT_RECIPE, arguments)
     recipe: FinetuneRecipe = command.recipe
-    check_least(recipe, LEAST | dict.fromkeys((*POSITIVE, *SHARES), 0))
-    for name in SHARES:
-        section, key = name.split(".")
-        if getattr(getattr(recipe, section), key) >= 1:
-            raise RunError(f"{name} must be less than 1, not {getattr(getattr(recipe, section), key)}")
+    check_least(recipe, dict.fromkeys((*POSITIVE, *RATES), 0))
+    for name in RATES:
+        if (rate := operator.attrgetter(name)(recipe)) >= 1:
+            raise RunError(f"{name} must be less than 1, not {rate}")
+    check_shares(recipe, "data.central_share", "trainer.layer_decay")
     data, trainer = recipe.data, recipe.trainer
     if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
         raise RunError(f"data.crop_scale is {data.crop_scale}; give 0 < least <= greatest <= 1")
-    for name, share in (("data.central_share", data.central_share), ("trainer.layer_decay", trainer.layer_decay)):
-        if not 0 < share <= 1:
-            raise RunError(f"{name} must be more than 0 and at most 1, not {share}")
     if data.images is None:
         raise RunError("data.images is missing; name the labelled images, for example --data.images imagenet")
     if trainer.micro_batch % 2 and (recipe.augment.mixup or recipe.augment.cutmix):

@@ -4,49 +4,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mug.model.presets import ModelConfig, resolve
+from mug.run.finetuning.recipe import EncoderConfig
 from mug.run.training.command_line import Parser
 from mug.run.training.errors import RunError
-from mug.run.training.recipe import RECIPES, check_least, read_recipe
+from mug.run.training.recipe import RECIPES, check_least, check_shares, read_recipe
 
 DEFAULT_RECIPE = RECIPES / "segment" / "scenes_tiny.yaml"
 
 
 @dataclass(frozen=True)
-class SegmenterConfig:
-    """The encoder's sizes, None taking the preset's value, and UperNet on it.
+class SegmenterConfig(EncoderConfig):
+    """An encoder and UperNet on it.
 
     Args:
-        preset: tiny, small, base, large or huge.
         image_size: side of the square that the model sees, in pixels.
         pretrained_size: side of the images of pre-training, in pixels (the preset's).
-        patch_size: side of a patch, in pixels.
-        width: encoder width.
-        depth: encoder blocks.
-        heads: encoder attention heads.
         classes: number of classes.
         channels: UperNet's.
-        drop_path: rate of stochastic depth in the last block; it rises linearly from 0 at the first.
     """
 
-    preset: str = "base"
     image_size: int = 512
     pretrained_size: int | None = None
-    patch_size: int | None = None
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
     classes: int = 150
     channels: int = 768
-    drop_path: float = 0.1
-
-    @property
-    def encoder(self) -> ModelConfig:
-        """The encoder's sizes, checked.
-
-        Raises:
-            ModelConfigError: an unknown preset, or sizes that do not fit together.
-        """
-        return resolve(ModelConfig(self.preset, self.image_size, self.patch_size, self.width, self.depth, self.heads))
 
     @property
     def pretrained(self) -> int:
@@ -179,14 +159,12 @@ def parse_command(arguments: list[str] | None = None) -> SegmentCommand:
     """
     recipe, _, output = read_recipe(build_parser(), SegmentRecipe, DEFAULT_RECIPE, arguments)
     check_least(recipe, LEAST)
-    data, trainer = recipe.data, recipe.trainer
-    if not 0 < data.scale[0] <= data.scale[1]:
-        raise RunError(f"data.scale is {data.scale}; give 0 < least <= greatest")
+    check_shares(recipe, "data.category_share", "trainer.layer_decay")
+    scale = recipe.data.scale
+    if not 0 < scale[0] <= scale[1]:
+        raise RunError(f"data.scale is {scale}; give 0 < least <= greatest")
     if recipe.model.classes > 255:
         raise RunError(f"model.classes is {recipe.model.classes}; labels are bytes, and 255 does not count")
-    for name, share in (("data.category_share", data.category_share), ("trainer.layer_decay", trainer.layer_decay)):
-        if not 0 < share <= 1:
-            raise RunError(f"{name} must be more than 0 and at most 1, not {share}")
     if set(recipe.loss_weights) != {"segments", "auxiliary"}:
         raise RunError(f"loss_weights names {', '.join(recipe.loss_weights)}; it must name segments and auxiliary")
     recipe.model.encoder  # noqa: B018  checks the sizes

@@ -15,6 +15,7 @@ from mug.data.pairs import Pairs
 from mug.run.training.hardware import to_device
 from mug.run.training.losses import Means
 from mug.run.training.pictures import draw_grid
+from mug.run.training.recipe import TrainerConfig
 from mug.run.training.samples import rows
 
 PICTURED = 8  # held-out pairs in the picture
@@ -23,26 +24,24 @@ log = logging.getLogger("mug")
 
 
 class HeldOut:
-    """The first `samples` held-out pairs, in batches that the ranks take in turn.
+    """The first `eval_samples` held-out pairs, in micro-batches that the ranks take in turn.
 
     ZeRO-3 wants the same number of forward passes on all ranks: a rank whose turn has no batch left repeats the
     last one and counts it as nothing. So the figures are the same for any number of ranks.
     """
 
-    def __init__(self, pairs: Pairs, samples: int, micro_batch: int, workers: int):
+    def __init__(self, pairs: Pairs, trainer: TrainerConfig, workers: int):
         self.pairs = pairs
         self.workers = workers
         rank, world = dist.get_rank(), dist.get_world_size()
-        count = min(samples, len(pairs))
+        count, micro_batch = min(trainer.eval_samples, len(pairs)), trainer.micro_batch
         batches = [range(i, min(i + micro_batch, count)) for i in range(0, count, micro_batch)]
         turns = range(rank, math.ceil(len(batches) / world) * world, world)
         self.real = [turn < len(batches) for turn in turns]
         self.batches = [batches[min(turn, len(batches) - 1)] for turn in turns]
 
     @torch.no_grad()
-    def evaluate(
-        self, engine: Any, weights: Mapping[str, float], began: Callable[[], None] = lambda: None
-    ) -> dict[str, float]:
+    def evaluate(self, engine: Any, weights: Mapping[str, float], began: Callable[[], None]) -> dict[str, float]:
         """Means over the held-out pairs, the same on all ranks: `loss/total`, `loss/TERM`, `accuracy/TERM`.
 
         `began` is called at each batch. A pair that cannot be used is replaced by another one of its shard, always

@@ -24,10 +24,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def logged_losses(output: Path) -> list[float]:
-    """`loss/total` of the steps that a run has logged."""
-    rows = read_rows(output / "metrics.jsonl")
-    return [row["loss/total"] for row in rows if row["kind"] == "train" and row["loss/total"] is not None]
+def logged_losses(output: Path, last: int) -> list[float]:
+    """`loss/total`, where finite, of the steps up to `last` that a run has logged."""
+    path = output / "metrics.jsonl"
+    rows = [row for row in (read_rows(path) if path.exists() else []) if row["kind"] == "train"]
+    return [row["loss/total"] for row in rows if row["step"] <= last and row["loss/total"] is not None]
 
 
 class MetricsWriter:

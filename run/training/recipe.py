@@ -96,7 +96,19 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class SafetyConfig:
-    """What to do when training goes wrong.
+    """What to do when ranks go wrong.
+
+    Args:
+        hang_minutes: how long a rank may get no further before the run stops and names it; an evaluation's batch, a
+            picture and a save must each take less.
+    """
+
+    hang_minutes: float = 10.0
+
+
+@dataclass(frozen=True)
+class PretrainSafetyConfig(SafetyConfig):
+    """What to do when ranks or losses go wrong.
 
     Args:
         nonfinite: 'stop' at a step whose loss or gradient is not finite, or 'skip' its batch; nothing is updated.
@@ -104,15 +116,12 @@ class SafetyConfig:
             an earlier checkpoint and skip the batches since then. 0 never does.
         spike_checkpoints: how many checkpoints to go back.
         max_skips: how many times in a run to skip batches before it stops after all.
-        hang_minutes: how long a rank may get no further before the run stops and names it; an evaluation's batch, a
-            picture and a save must each take less.
     """
 
     nonfinite: Literal["stop", "skip"] = "stop"
     spike_factor: float = 0.0
     spike_checkpoints: int = 1
     max_skips: int = 10
-    hang_minutes: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,7 @@ class Recipe:
     data: DataConfig
     trainer: PretrainTrainerConfig
     checkpoint: CheckpointConfig
-    safety: SafetyConfig
+    safety: PretrainSafetyConfig
     objective: str = "mug"
     loss_weights: dict[str, float] = field(default_factory=lambda: {"pixels": 1.0, "caption": 0.1})
     seed: int = 0
@@ -138,7 +147,7 @@ class Recipe:
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
         """The recipe that `dataclasses.asdict` made `values` of."""
         sections = {"model": ModelConfig, "data": DataConfig, "trainer": PretrainTrainerConfig}
-        sections |= {"checkpoint": CheckpointConfig, "safety": SafetyConfig}
+        sections |= {"checkpoint": CheckpointConfig, "safety": PretrainSafetyConfig}
         return cls(**values | {name: section(**values[name]) for name, section in sections.items()})
 
 
@@ -183,9 +192,7 @@ def parse_command(arguments: list[str] | None = None) -> Command:
         ModelConfigError: sizes that do not fit together.
     """
     command = parse_recipe(build_parser(), Recipe, DEFAULT_RECIPE, arguments)
-    check_least(command.recipe, LEAST | SAFETY_LEAST)
-    if not command.recipe.safety.hang_minutes > 0:
-        raise RunError(f"safety.hang_minutes must be more than 0, not {command.recipe.safety.hang_minutes}")
+    check_least(command.recipe, SAFETY_LEAST)
     return dataclasses.replace(command, recipe=dataclasses.replace(command.recipe, model=resolve(command.recipe.model)))
 
 
@@ -193,11 +200,14 @@ def parse_recipe(parser: Parser, recipe: type, default: Path, arguments: list[st
     """Parse a command line of `recipe_parser`; without --config, the recipe is `default`.
 
     Raises:
-        RunError: an unknown flag or recipe key, a value of the wrong type, a missing recipe or JSON.
+        RunError: an unknown flag or recipe key, a value of the wrong type or out of range, a missing recipe or JSON.
     """
     values, parsed, output = read_recipe(parser, recipe, default, arguments)
     if parsed.deepspeed is None:
         raise RunError("--deepspeed is missing; name a DeepSpeed JSON, for example ds_configs/zero3.json")
+    check_least(values, LEAST)
+    if not values.safety.hang_minutes > 0:
+        raise RunError(f"safety.hang_minutes must be more than 0, not {values.safety.hang_minutes}")
     return Command(values, Path(parsed.deepspeed), output, parsed.allow_changes)
 
 
@@ -234,6 +244,18 @@ def _recipe_file(arguments: list[str]) -> Path | None:
         if argument.startswith("--config="):
             return Path(argument.partition("=")[2])
     return None
+
+
+def count_steps(trainer: TrainerConfig, samples: int) -> int:
+    """Optimizer steps of the run: trainer.max_steps, or what trainer.epochs passes over the data make."""
+    if trainer.max_steps is not None:
+        return trainer.max_steps
+    if (steps := int(trainer.epochs * samples // trainer.global_batch)) < 1:
+        raise RunError(
+            f"trainer.epochs {trainer.epochs} x {samples} samples is less than one global batch of"
+            f" {trainer.global_batch}; raise trainer.epochs or name trainer.max_steps"
+        )
+    return steps
 
 
 # What may change while a run goes on: how it is watched, saved and divided, where its data lie (the index's
@@ -290,3 +312,10 @@ def check_least(recipe: Any, least: dict[str, float]) -> None:
             raise RunError(f"{name} must be at least {bound}, not {value}")
     if not all(0 <= beta < 1 for beta in recipe.trainer.betas):
         raise RunError(f"trainer.betas must lie in [0, 1), not be {recipe.trainer.betas}")
+
+
+def check_shares(recipe: Any, *names: str) -> None:
+    """Raise RunError unless the numbers of these dotted names are more than 0 and at most 1."""
+    for name in names:
+        if not 0 < (share := operator.attrgetter(name)(recipe)) <= 1:
+            raise RunError(f"{name} must be more than 0 and at most 1, not {share}")

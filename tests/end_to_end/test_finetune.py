@@ -4,15 +4,17 @@ import gzip
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from launch import PYTHON, ROOT, TOY, ZERO3, environment, losses, pretrain, rows, torchrun
 
+from mug.run.training import checkpoint
 from mug.run.training.sharded_state import WEIGHT, Piece, SavedState
 
-STEPS = 12
+STEPS = 24
 OPTIONS = [
     *("--model.width", "32", "--model.depth", "2", "--model.heads", "2", "--model.image_size", "16"),
     *("--model.patch_size", "8", "--model.drop_path", "0.3", "--data.workers", "0"),
@@ -55,25 +57,57 @@ def undisturbed(tmp_path_factory, images) -> Path:
     output = tmp_path_factory.mktemp("undisturbed") / "run"
     done = finetune(output, images)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(rows(output, "train")) == STEPS and [row["step"] for row in rows(output, "eval")] == [7, 12]
+    assert len(rows(output, "train")) == STEPS and [row["step"] for row in rows(output, "eval")] == [7, 14, 21, STEPS]
     return output
 
 
-@pytest.mark.slow
-def test_killed_and_resumed_gives_the_same_losses_to_the_digit(tmp_path, images, undisturbed):
-    output = tmp_path / "run"
+def stop_when(reached: Callable[[], bool], number: signal.Signals, output: Path, images: Path) -> tuple[int, str]:
+    """Start the run, and send it the signal as soon as `reached()`; its exit status, and what it said."""
     process = subprocess.Popen(
-        command(output, images), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(output, images),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-    metrics = output / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count('"train"') >= 5):
+    while process.poll() is None and not reached():
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    process.send_signal(number)
+    said, _ = process.communicate()
+    return process.returncode, said
+
+
+@pytest.mark.slow
+def test_asked_to_end_then_killed_then_resumed_gives_the_same_losses_to_the_digit(tmp_path, images, undisturbed):
+    output = tmp_path / "run"
+    metrics = output / "metrics.jsonl"
+    code, said = stop_when(metrics.exists, signal.SIGTERM, output, images)
+    saved = checkpoint.newest(output, warn=pytest.fail).step
+    assert code == 75 and f"SIGTERM: step {saved} is saved; the same command goes on from there" in said, said
+    assert saved < STEPS
+
+    code, said = stop_when(lambda: metrics.read_text().count('"train"') >= saved + 5, signal.SIGKILL, output, images)
+    assert code == -signal.SIGKILL, f"the run ended before it could be killed: {said}"
+    assert f"going on after step {saved} from" in said
+
     done = finetune(output, images)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "going on after step" in done.stdout
     assert losses(output) == losses(undisturbed) and losses(output, "eval") == losses(undisturbed, "eval")
+    lives = [row["event"] for row in rows(output, "event") if row["event"] != "checkpoint"]
+    assert lives == ["start", "resume", "resume"]
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_ends_the_run_before_the_update(tmp_path, images):
+    output = tmp_path / "run"
+    enormous = ["--trainer.base_learning_rate", "1e38", "--checkpoint.every_steps", "1"]
+    done = finetune(output, images, *enormous, "--checkpoint.asynchronous", "true")
+    assert done.returncode == 3
+    assert done.stderr.strip() == "error: loss or gradient of step 2 is not finite; nothing was updated"
+    assert [row["step"] for row in rows(output, "train")] == [1]
+    assert checkpoint.newest(output, warn=pytest.fail).step == 1 and not list(output.glob("*.partial"))
 
 
 @pytest.mark.slow
@@ -123,8 +157,8 @@ def test_begins_with_the_encoder_that_two_ranks_pretrained(tmp_path, images):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.pool", "cls"], "checkpoint-12 has pool mean, not cls"),
-        (["--model.depth", "3"], "checkpoint-12 has depth 2, not 3"),
+        (["--model.pool", "cls"], "another model: classifier pool is mean there, cls here"),
+        (["--model.depth", "3"], "checkpoint-24 is a checkpoint of another model: config depth is 2 there, 3 here"),
         (["--trainer.global_batch", "16"], "was written with global batch 8, this run has 16"),
         (["--seed", "3"], "was trained with seed 0"),
         (["--data.images", "nowhere"], "nowhere has no folder test, val, validation"),

@@ -1,5 +1,6 @@
 """The trainer's speed and MFU, by hand."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from mug.model.flops import flops_per_sample
 from mug.model.presets import ModelConfig, Vocabulary, resolve
-from mug.run.pretrain import step_flops
+from mug.run.pretrain import Pretraining
 from mug.run.training import hardware, metrics
 
 
@@ -26,9 +27,8 @@ def test_speed_and_mfu(monkeypatch, peak):
 
 def test_the_steps_operations_are_those_of_the_tokens_that_captions_have():
     model, vocabulary = resolve(ModelConfig("tiny")), Vocabulary(20, pad=0, bos=1, eos=2, mask=3)
-    run = SimpleNamespace(
-        engine=SimpleNamespace(module=SimpleNamespace(vocabulary=vocabulary)), recipe=SimpleNamespace(model=model)
-    )
+    recipe, description = SimpleNamespace(model=model), {"vocabulary": dataclasses.asdict(vocabulary)}
+    task = Pretraining(recipe, description, files={}, neighbours=None, spikes=None)
     micro_batches = [{"tokens": torch.tensor([[1, 5, 2, 0], [1, 2, 0, 0]])}, {"tokens": torch.tensor([[1, 5, 6, 2]])}]
     expected = 2 * sum(flops_per_sample(model, 20, 2.5).values()) + sum(flops_per_sample(model, 20, 4.0).values())
-    assert step_flops(run, micro_batches) == pytest.approx(expected)
+    assert task.step_flops(micro_batches) == pytest.approx(expected)

@@ -1,0 +1,38 @@
+"""The folder of a run: can it be written, and is it this run's alone?"""
+
+import contextlib
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+from mug.run.training.errors import RunError
+
+
+def check_writable(output: Path) -> None:
+    """Raise RunError unless the run's folder can be made and written; what does not exist yet stays so."""
+    existing = output
+    with contextlib.suppress(PermissionError):
+        while not existing.exists():
+            existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise RunError(f"--output {output}: {existing} is no folder that can be written; name another")
+
+
+def lock(output: Path) -> None:
+    """Keep the run's folder to this run until its process ends.
+
+    Raises:
+        RunError: another run holds it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(output / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.read(descriptor, 1000).decode()
+        raise RunError(
+            f"--output {output}: another run is writing there ({holder}); end it, or name another folder"
+        ) from None
+    os.truncate(descriptor, 0)
+    os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode())

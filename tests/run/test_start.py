@@ -1,0 +1,97 @@
+"""Which checkpoint a run goes on from, and which ones it refuses."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mug.run.training import checkpoint
+from mug.run.training.errors import RunError
+from mug.run.training.metrics import logged_losses
+from mug.run.training.output import check_writable, lock
+from mug.run.training.recipe import Command, count_steps, parse_command
+from mug.run.training.start import find_checkpoint
+
+NAMES = [f"class {number}" for number in range(1000)]
+DESCRIPTION = {"config": {"preset": "tiny", "depth": 2}, "classifier": {"pool": "mean", "names": NAMES}}
+
+
+def command(output: Path, *options: str) -> Command:
+    return parse_command(["--deepspeed", "x.json", "--output", str(output), "--trainer.global_batch", "8", *options])
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """The folder of a run with one checkpoint."""
+    checkpoint.open_partial(tmp_path, 3)
+    state = {"model": DESCRIPTION, "recipe": dataclasses.asdict(command(tmp_path).recipe)}
+    checkpoint.commit(tmp_path, 3, {}, state, {}, keep=1)
+    return tmp_path
+
+
+def find(saved: Path, *options: str, **sections) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+    """What is found for a model whose description differs in some sections, and what was warned of."""
+    warned: list[str] = []
+    description = {name: values for name, values in (DESCRIPTION | sections).items() if values}
+    return find_checkpoint(command(saved, *options), description, SimpleNamespace(warn=warned.append)), warned
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint_under_another_name_of_the_preset(saved, tmp_path_factory):
+    found, warned = find(saved, config={"preset": "small", "depth": 2})
+    assert found.step == 3 and warned == []
+    assert find(tmp_path_factory.mktemp("empty")) == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"config": {"preset": "tiny", "depth": 3}}, "config depth is 2 there, 3 here"),
+        ({"classifier": {"pool": "mean", "names": ["a", "b"]}}, "[...] there, ['a', 'b'] here"),
+        ({"classifier": None}, "classifier pool is mean there, None here"),
+    ],
+)
+def test_another_model_is_refused_in_one_short_line(saved, sections, says):
+    with pytest.raises(RunError, match="checkpoint-3 is a checkpoint of another model: ") as refused:
+        find(saved, **sections)
+    assert says in str(refused.value) and len(str(refused.value)) < 300 + len(str(saved))
+
+
+def test_another_recipe_is_refused_unless_it_is_allowed(saved):
+    with pytest.raises(RunError, match="global batch 8, this run has 16"):
+        find(saved, "--trainer.global_batch", "16", "--allow_changes", "true")
+    with pytest.raises(RunError, match=r"was trained with seed 0 \(now 3\); change back"):
+        find(saved, "--seed", "3")
+    found, warned = find(saved, "--seed", "3", "--allow_changes", "true")
+    assert found.step == 3 and warned == [f"{found.folder} was trained with seed 0 (now 3)"]
+
+
+def test_a_folder_belongs_to_one_run(tmp_path):
+    lock(tmp_path / "run")
+    with pytest.raises(RunError, match="another run is writing there"):
+        lock(tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="file is no folder that can be written"):
+        check_writable(tmp_path / "file" / "run")
+
+
+def test_the_number_of_steps_is_given_or_follows_from_the_passes():
+    trainer = command(Path("x"), "--trainer.max_steps", "null", "--trainer.epochs", "2.5").recipe.trainer
+    assert count_steps(trainer, samples=20) == 6
+    assert count_steps(dataclasses.replace(trainer, max_steps=4), samples=20) == 4
+    with pytest.raises(RunError, match=r"trainer\.epochs 2\.5 x 3 samples is less than one global batch of 8"):
+        count_steps(trainer, samples=3)
+
+
+def test_losses_are_those_of_the_steps_that_still_count(tmp_path):
+    assert logged_losses(tmp_path, last=9) == []
+    rows = [{"kind": "train", "step": step, "loss/total": loss} for step, loss in ((1, 1.5), (2, None), (3, 0.5))]
+    lines = map(json.dumps, [{"kind": "event", "step": 0}, *rows])
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "tr')
+    assert logged_losses(tmp_path, last=3) == [1.5, 0.5] and logged_losses(tmp_path, last=2) == [1.5]
