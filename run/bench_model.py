@@ -3,6 +3,7 @@
 
     python run/bench_model.py                                         # base, large, huge on a GPU, in bf16
     python run/bench_model.py --preset base --batch 512 --compile
+    python run/bench_model.py --preset huge --recompute elementwise   # as trainer.recompute
     python run/bench_model.py --preset tiny --batch 32 --device cpu   # in fp32
 
 Needs no DeepSpeed and no data. Each line ends with what takes the step's time. MFU counts the tokens that captions
@@ -11,14 +12,16 @@ have (half of the text length here), not their padding, of which the model compu
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jsonargparse import Namespace
 
 from mug.model.presets import PRESETS
+from mug.model.recompute import POLICIES
 from mug.run.benchmarks import kernel_report
 from mug.run.benchmarks.kernel_timing import Stopwatch, machine_row, measure_ceilings
-from mug.run.benchmarks.throughput import describe, measure_preset
+from mug.run.benchmarks.throughput import Blocks, describe, measure_preset
 from mug.run.training.command_line import Parser
 from mug.run.training.console import Console, run_command
 from mug.run.training.errors import RunError
@@ -33,10 +36,11 @@ def main(console: Console) -> None:
     ceilings = measure_ceilings(Stopwatch(device, 0.1), dtype)
     rows = [machine_row(device, dtype, ceilings)]
     console.say(kernel_report.introduction(rows[0]))
+    blocks = Blocks(options.compile, options.recompute)
     for preset in options.preset:
         batch = options.batch or BATCH[preset]
         try:
-            row = measure_preset(preset, batch, options.steps, device, options.compile, ceilings)
+            row = measure_preset(preset, batch, options.steps, device, blocks, ceilings)
         except torch.OutOfMemoryError as error:
             raise RunError(f"--batch {batch} of {preset} does not fit this GPU; name a smaller one") from error
         console.say(describe(row))
@@ -52,6 +56,9 @@ def parse() -> Namespace:
     parser.add_argument("--steps", type=int, default=20, help="timed steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--compile", action="store_true", help="each block under torch.compile")
+    parser.add_argument(
+        "--recompute", type=Literal[POLICIES], default="nothing", help="what backward computes again to save memory"
+    )
     parser.add_argument("--json", type=str, help="write all figures to this file, a JSON object a line")
     options = parser.parse_args()
     unknown = [preset for preset in options.preset if preset not in PRESETS]

@@ -7,6 +7,7 @@ waits for data.
 
 import time
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from mug.model.flops import flops_per_sample
 from mug.model.mug import MUG, Batch
 from mug.model.presets import ModelConfig, resolve
+from mug.model.recompute import recompute
 from mug.run.benchmarks.kernel_timing import Ceilings
 from mug.run.benchmarks.synthetic import VOCABULARY, WEIGHTS, synthetic_batch
 
@@ -62,20 +64,25 @@ def train_step(model: MUG, optimizer: MixedAdamW, batch: Batch) -> dict[str, Ten
     return {term: loss.detach() for term, loss in losses.items()}
 
 
-def measure_preset(
-    preset: str, batch: int, steps: int, device: torch.device, compiled: bool, ceilings: Ceilings
-) -> dict[str, Any]:
-    """Figures of one preset: speed, share of the matrix-product ceiling, memory, and shares of a step's time.
+@dataclass(frozen=True)
+class Blocks:
+    """How the model's blocks run: each under torch.compile, and what their backward computes again."""
 
-    Args:
-        compiled: each block under torch.compile.
-    """
+    compiled: bool
+    recompute: str
+
+
+def measure_preset(
+    preset: str, batch: int, steps: int, device: torch.device, blocks: Blocks, ceilings: Ceilings
+) -> dict[str, Any]:
+    """Figures of one preset: speed, share of the matrix-product ceiling, memory, and shares of a step's time."""
     config = resolve(ModelConfig(preset))
     torch.manual_seed(0)
     with device:  # a billion weights are drawn in no time on a GPU
         model = MUG(config, VOCABULARY)
     model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if compiled:
+    recompute(model, blocks.recompute)
+    if blocks.compiled:
         for block in (m for m in model.modules() if isinstance(m, tuple(model.zero3_leaves))):
             block.compile()
     optimizer = MixedAdamW(model.parameters())
@@ -89,7 +96,7 @@ def measure_preset(
         "kind": "throughput",
         "preset": preset,
         "batch": batch,
-        "compiled": compiled,
+        **asdict(blocks),
         "step_ms": 1e3 * seconds,
         "images_per_s": batch / seconds,
         "gflops_per_image": flops / 1e9,
@@ -142,7 +149,8 @@ def describe(row: dict[str, Any]) -> str:
     parts = sorted(row["profile"].items(), key=lambda item: -item[1])
     shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in parts if share >= 0.01)
     memory = "" if row["peak_gb"] is None else f", {row['peak_gb']:.1f} GB"
+    how = " compiled" * row["compiled"] + f", {row['recompute']} recomputed" * (row["recompute"] != "nothing")
     return (
-        f"{row['preset']}{' compiled' if row['compiled'] else ''}, batch {row['batch']}: {row['step_ms']:.1f} ms,"
+        f"{row['preset']}{how}, batch {row['batch']}: {row['step_ms']:.1f} ms,"
         f" {row['images_per_s']:.0f} images/s, MFU {100 * row['mfu']:.1f}%{memory}; {shares}"
     )

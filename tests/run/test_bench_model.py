@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 def test_rows_hold_speed_share_and_where_the_time_goes(tmp_path):
     file = tmp_path / "rows.jsonl"
     options = ("--preset", "tiny", "--batch", "4", "--steps", "2", "--device", "cpu", "--json", str(file))
+    options += ("--recompute", "elementwise")
     command = [sys.executable, "run/bench_model.py", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -29,6 +30,7 @@ def test_rows_hold_speed_share_and_where_the_time_goes(tmp_path):
     assert row["mfu"] == pytest.approx(flops * row["images_per_s"] / (machine["matmul_tflops"] * 1e12))
     assert row["profile"]["matrix products"] == max(row["profile"].values())
     assert sum(row["profile"].values()) > 0.99
+    assert "tiny, elementwise recomputed, batch 4: " in done.stdout
     assert f"{row['images_per_s']:.0f} images/s, MFU {100 * row['mfu']:.1f}%" in done.stdout
 
 
