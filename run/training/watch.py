@@ -42,6 +42,7 @@ class Watch:
 
     def __init__(self, console: Console, hang_seconds: float):
         self.console = console
+        self.beat = min(BEAT, hang_seconds / 10)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.progress, self.place, self.left = 0, "starting", False
         self.board: threading.Thread | None = None
@@ -80,13 +81,15 @@ class Watch:
 
     def _listen(self) -> None:
         """Speak and listen until this rank leaves, or the board says who is lost, or is lost itself."""
-        heard, launcher_is_gone = time.monotonic(), False
+        heard, spoken, launcher_is_gone = time.monotonic(), float("-inf"), False
         while not self.left:
-            if not launcher_is_gone and LAUNCHER.is_gone():
-                launcher_is_gone = True
-                self._ask_to_end()
-            self.line.send({"progress": self.progress, "place": self.place, "waits": _waits_for_others()})
-            messages = self.line.receive(BEAT)
+            if time.monotonic() >= spoken + self.beat:
+                spoken = time.monotonic()
+                self.line.send({"progress": self.progress, "place": self.place, "waits": _waits_for_others()})
+                if not launcher_is_gone and LAUNCHER.is_gone():
+                    launcher_is_gone = True
+                    self._ask_to_end()
+            messages = self.line.receive(max(0.0, spoken + self.beat - time.monotonic()))  # answers come at once
             if self.left:
                 return
             if messages is None:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,6 +99,15 @@ def end(rank: int, guard: Watch) -> None:
     time.sleep(0.3 * rank)
 
 
+def count_messages(rank, guard: Watch) -> None:
+    """For a second, into the log."""
+    sent, send = [], guard.line.send
+    guard.line.send = lambda message: (sent.append(message), send(message))
+    time.sleep(1)
+    guard.line.send = send
+    print(f"{len(sent)} messages", file=sys.stderr)
+
+
 def live(rank: int, port: int, folder: Path, act, hang_seconds: float) -> None:
     watch.BEAT, watch.SILENCE, watch.GRACE = 0.1, 2.0, 0.5
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": str(rank)}
@@ -130,6 +140,14 @@ def run(folder: Path, act, hang_seconds: float = 60.0) -> tuple[list[int | None]
 
 def test_ranks_that_end_are_not_missed(tmp_path):
     assert run(tmp_path, end)[::2] == ([0, 0, 0], [])
+
+
+def test_a_rank_speaks_once_a_beat(tmp_path):
+    """Answers come at once, and must not make it speak again."""
+    assert run(tmp_path, count_messages)[0] == [0, 0, 0]
+    for rank in range(WORLD):
+        count = int(re.search(r"(\d+) messages", (tmp_path / f"rank{rank}.log").read_text())[1])
+        assert 1 <= count <= 11  # a beat is 0.1 s here
 
 
 @pytest.mark.parametrize(
