@@ -12,8 +12,6 @@ from mug.model.vit import Block, LayerNorm
 
 Batch = dict[str, Tensor]
 
-POOLS = ("mean", "cls")
-
 
 class DropPath(nn.Module):
     """Stochastic depth (arXiv 1603.09382): leaves a residual branch out for the samples not in `keep_B`.

@@ -33,7 +33,10 @@ def run_block(layers: Callable[..., Tensor], policy: str, x: Tensor, *others: An
 
 
 def linear_of(function: Callable[[Tensor], Tensor], linear: nn.Module, policy: str, x: Tensor) -> Tensor:
-    """linear(function(x)), of which backward finds x, but not function(x), if the policy is "elementwise"."""
+    """linear(function(x)), of which backward finds x, but not function(x), if the policy is "elementwise".
+
+    Where autocast makes the linear layer work on a copy of function(x) in another dtype, that copy is kept.
+    """
     y = function(x)
     if policy != "elementwise" or torch.compiler.is_compiling():
         return linear(y)

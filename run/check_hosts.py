@@ -39,7 +39,7 @@ def main(console: Console) -> None:
     for host, (problem, addresses) in answers.items():
         console.say(f"{host}: {problem or f'ok, at {addresses}'}")
     if failed := [host for host, (problem, _) in answers.items() if problem]:
-        console.say(f"NOT ready: {', '.join(failed)}; each must answer to `{shlex.join(SSH[:3])} HOST hostname -I`")
+        console.say(f"NOT ready: {', '.join(failed)}")
         raise SystemExit(1)
     console.say(f"ready: {len(hosts)} host(s)")
 
@@ -91,7 +91,7 @@ def ask(host: str) -> tuple[str | None, str]:
     if done.returncode:
         said = done.stderr.strip().splitlines()
         return said[-1] if said else f"ssh ended with status {done.returncode}", ""
-    return None, done.stdout.strip()
+    return None if done.stdout.strip() else "hostname -I names no address", done.stdout.strip()
 
 
 if __name__ == "__main__":

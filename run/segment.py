@@ -30,12 +30,13 @@ from mug.run.segmentation.scoring import score
 from mug.run.segmentation.state import read_state, write_state
 from mug.run.training import checkpoint, hardware
 from mug.run.training.console import Console, run_command
-from mug.run.training.errors import RunError
+from mug.run.training.errors import Diverged
 from mug.run.training.losses import Means, shares, total_loss
 from mug.run.training.metrics import Meter, MetricsWriter, open_metrics
 from mug.run.training.output import check_writable, lock
 from mug.run.training.packages import load_package
 from mug.run.training.schedule import LinearSchedule
+from mug.run.training.start import check_model
 
 EXTRA = "eval"
 
@@ -90,19 +91,13 @@ def find_checkpoint(command: SegmentCommand, console: Console) -> checkpoint.Che
     """
     found = checkpoint.resume(command.output, console.warn)
     if found is not None:
-        ours = describe(command.recipe)
-        for name, theirs in found.manifest["model"].items():
-            if theirs != ours[name]:
-                raise RunError(
-                    f"{found.folder} has {name} {theirs}, not {ours[name]}; change the recipe back, or name another"
-                    " --output"
-                )
+        check_model(found, describe(command.recipe), command.recipe.trainer.global_batch)
     return found
 
 
-def describe(recipe: SegmentRecipe) -> dict[str, Any]:
-    """What must agree for a checkpoint to be gone on from."""
-    return {**dataclasses.asdict(recipe.model), "global_batch": recipe.trainer.global_batch}
+def describe(recipe: SegmentRecipe) -> dict[str, dict[str, Any]]:
+    """What tells the model from another one."""
+    return {"segmenter": dataclasses.asdict(recipe.model)}
 
 
 def build_model(recipe: SegmentRecipe, begun: bool, console: Console) -> Segmenter:
@@ -170,15 +165,15 @@ def train(run: Run, done: int) -> None:
             learning_rate = schedule((step - 0.5) * trainer.global_batch)
             means, norm = train_step(run, micro_batches, learning_rate)
             run.stream.advance()
-            line = None
-            if step % trainer.log_every == 0 or last:
+            line, to_save = None, step % recipe.checkpoint.every_steps == 0 or last
+            if step % trainer.log_every == 0 or to_save:
                 figures = {**means.reduce(recipe.loss_weights), "lr": learning_rate, "grad_norm": norm, **meter.read()}
                 line = log_step(run, metrics, step, figures)
             run.console.step(step, line)
             with meter.pausing():
                 if step % trainer.eval_every == 0 or last:
                     evaluate(run, metrics, step)
-                if step % recipe.checkpoint.every_steps == 0 or last:
+                if to_save:
                     save(run, metrics, step)
 
 
@@ -204,12 +199,12 @@ def log_step(run: Run, metrics: MetricsWriter | None, step: int, figures: dict[s
     """Write a step's row; returns its line for the terminal.
 
     Raises:
-        ArithmeticError: the loss or the gradient is not finite; no later checkpoint holds what it led to.
+        Diverged: the loss or the gradient is not finite; no checkpoint holds what it led to.
     """
     if metrics:
         metrics.write("train", step, {"position": run.stream.next_position, **figures})
     if not math.isfinite(figures["loss/total"] + figures["grad_norm"]):
-        raise ArithmeticError(f"loss or gradient of step {step} is not finite: {figures}")
+        raise Diverged(f"loss or gradient of step {step} is not finite; no checkpoint holds what it led to")
     return f"loss {figures['loss/total']:.4f}  lr {figures['lr']:.2e}  {figures['images_per_s']:.1f} images/s"
 
 

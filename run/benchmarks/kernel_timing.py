@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PASSES = ("forward", "backward", "both")
 WARM_UPS, LEAST_RUNS, MOST_RUNS = 3, 5, 200
 COLD_BYTES = {"cpu": 2**26, "cuda": 2**29}  # beyond any cache: written before every run
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**31}

@@ -57,7 +57,8 @@ def _read_state(path: Path) -> State:
 
 def _load_checkpoint(encoder: Encoder, config: ModelConfig, path: Path, warn: Callable[[str], None]) -> None:
     found = find(path, warn)
-    theirs = found.manifest["model"]["config"]
+    if (theirs := found.manifest["model"].get("config")) is None:
+        raise RunError(f"init {found.folder} holds no encoder of its own; name a run of pretrain.py or finetune.py")
     for name in SIZES:
         if theirs[name] != (ours := getattr(config, name)):
             raise RunError(

@@ -28,6 +28,8 @@ from mug.run.training.errors import (
 
 # A full disk, a user's quota, a limit on the size of files.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# A pipe whose reader has ended, a terminal that was closed.
+NOBODY_THERE = (errno.EPIPE, errno.EIO)
 
 
 class Console:
@@ -77,16 +79,21 @@ class Console:
 
     def say(self, line: str) -> None:
         """A line on the terminal, from rank 0 alone; above the progress bar if there is one."""
-        if self.rank == 0 and self.bar:
-            self.bar.console.print(line, highlight=False, markup=False)
-        elif self.rank == 0:
+        if self.rank == 0:
             try:
-                print(line, file=self.terminal)
-            except BrokenPipeError:
+                self.bar.console.print(line, highlight=False, markup=False) if self.bar else print(
+                    line, file=self.terminal
+                )
+            except OSError as error:
+                if error.errno not in NOBODY_THERE:
+                    raise
                 self._ask_to_end()
 
     def _ask_to_end(self) -> None:
-        """Nobody reads what is said: the launcher's connection is gone, or the pipe's other end. A run saves first."""
+        """Nobody reads what is said: the launcher's connection is gone, the pipe's other end, or the terminal.
+
+        A run saves first.
+        """
         if not self.unread:
             self.unread = True
             os.kill(os.getpid(), signal.SIGTERM)
@@ -95,7 +102,7 @@ class Console:
         self.say(f"warning: {line}")
 
     def fail(self, line: str) -> None:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             print(line, file=self.errors)
 
     def start_bar(self, total: int, done: int, unit: str = "step") -> None:
@@ -122,7 +129,8 @@ class Console:
 
     def close(self) -> None:
         if self.bar:
-            self.bar.stop()
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                self.bar.stop()
             self.bar = None
 
 
@@ -156,7 +164,7 @@ def run_command(main: Callable[[Console], None]) -> None:
         console.close()
         if console.rank == 0 or isinstance(error, SaidByThisRank):
             console.fail(f"error: {error}")
-        elif console.log and not isinstance(error, SaidByRankZero):  # before there is a log, all ranks fail alike
+        elif not isinstance(error, SaidByRankZero) and (console.log or _first_of_a_host()):
             console.fail(f"error: rank {console.rank}: {error}")
         leave(2)
     except Diverged as reason:
@@ -184,6 +192,12 @@ def run_command(main: Callable[[Console], None]) -> None:
         console.fail(f"{trace}rank {console.rank} stopped after {time.time() - started:.0f} s{where}")
         leave(1)
     console.close()
+
+
+def _first_of_a_host() -> bool:
+    """Whether this rank speaks for those of its host: before the ranks have met, they all fail alike."""
+    met = "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized()
+    return met and os.environ.get("LOCAL_RANK") == "0"
 
 
 def leave(status: int) -> NoReturn:

@@ -37,13 +37,15 @@ class Launcher:
             parents = [psutil.Process(child).ppid() for child in (os.getpid(), *self.line[:-1])]
         except psutil.NoSuchProcess:
             return True
+        except psutil.AccessDenied:  # /proc shows a user's own processes alone
+            return False
         return bool(self.line) and parents != self.line
 
 
 def _ancestors() -> Iterator[psutil.Process]:
     """From the parent up, as far as they are still there."""
     process: psutil.Process | None = psutil.Process()
-    with contextlib.suppress(psutil.NoSuchProcess):
+    with contextlib.suppress(psutil.Error):
         while process := process.parent():
             yield process
 

@@ -41,7 +41,7 @@ class MetricsWriter:
     def __init__(self, output: Path, resumed: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = output / "metrics.jsonl"
+        self.path, self.file = output / "metrics.jsonl", None
         self.forget(resumed)
         self.board = SummaryWriter(str(output / "tensorboard"), purge_step=resumed + 1)
 
@@ -52,6 +52,8 @@ class MetricsWriter:
         fresh = self.path.with_suffix(".fresh")
         fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(fresh, self.path)
+        if self.file:
+            self.file.close()
         self.file = self.path.open("a", buffering=1)
 
     def write(self, kind: str, step: int, figures: dict[str, object]) -> None:

@@ -29,10 +29,15 @@ def lock(output: Path) -> None:
     descriptor = os.open(output / ".lock", os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         holder = os.read(descriptor, 1000).decode()
         raise RunError(
             f"--output {output}: another run is writing there ({holder}); end it, or name another folder"
+        ) from None
+    except OSError as error:  # a file system without locks
+        raise RunError(
+            f"--output {output}: its file system cannot keep other runs away ({error.strerror}); mount it with locks,"
+            " or name another folder"
         ) from None
     os.truncate(descriptor, 0)
     os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode())

@@ -60,10 +60,12 @@ def restore(path: Path, warn: Callable[[str], None]) -> tuple[MUG, Tokenizer, ch
     Weights are fp32, on the GPU if there is one.
 
     Raises:
-        RunError: there is no checkpoint, or it is damaged.
+        RunError: there is no checkpoint, or it is damaged, or of something else than a pre-training run.
     """
     found = find(path, warn)
     described = found.manifest["model"]
+    if "objective" not in described:
+        raise RunError(f"{found.folder} is no checkpoint of a pre-training run; name one")
     model = OBJECTIVES[described["objective"]["name"]](
         ModelConfig(**described["config"]), Vocabulary(**described["vocabulary"]), described["objective"]["seed"]
     )

@@ -40,7 +40,7 @@ def rewind(output: Path, checkpoints: int, step: int, next_position: int, keep: 
     Raises:
         RunError: that one is damaged.
     """
-    folders = checkpoint.list_folders(output)
+    folders = checkpoint.list_folders(output)[:keep]  # those for replay may be as old as the run
     if not folders:
         return None
     found = checkpoint.verify(folders[min(checkpoints, len(folders)) - 1])

@@ -81,22 +81,35 @@ def find_checkpoint(command: Command, description: Description, console: Console
     found = checkpoint.resume(command.output, console.warn)
     if found is None:
         return None
+    check_model(found, description, command.recipe.trainer.global_batch)
+    check_changes(command, found, console)
+    return found
+
+
+def check_model(found: Checkpoint, description: Description, global_batch: int) -> None:
+    """Raise RunError unless the checkpoint is of a model as in `description`, trained with this global batch."""
     for section, values in found.manifest["model"].items():
         for name, theirs in values.items():
             ours = description.get(section, {}).get(name)
             if name != "preset" and theirs != ours:
                 raise RunError(
-                    f"{found.folder} is a checkpoint of another model: {section} {name} is {shorten(str(theirs), 60)}"
-                    f" there, {shorten(str(ours), 60)} here; change the recipe back, or name another --output"
+                    f"{found.folder} is a checkpoint of another model: {section} {name} is {_apart(theirs, ours)}"
+                    f" there, {_apart(ours, theirs)} here; change the recipe back, or name another --output"
                 )
-    theirs, ours = found.manifest["recipe"]["trainer"]["global_batch"], command.recipe.trainer.global_batch
-    if theirs != ours:
+    theirs = found.manifest["recipe"]["trainer"]["global_batch"]
+    if theirs != global_batch:
         raise RunError(
-            f"{found.folder} was written with global batch {theirs}, this run has {ours}; start it as it was, or"
-            " name another --output"
+            f"{found.folder} was written with global batch {theirs}, this run has {global_batch}; start it as it was,"
+            " or name another --output"
         )
-    check_changes(command, found, console)
-    return found
+
+
+def _apart(value: Any, other: Any) -> str:
+    """The value for a line; of a list, from where it differs from the other one."""
+    if not (isinstance(value, list) and isinstance(other, list)):
+        return shorten(str(value), 60)
+    same = next((i for i, (a, b) in enumerate(zip(value, other, strict=False)) if a != b), min(len(value), len(other)))
+    return f"of {len(value)}, from number {same + 1} on: {shorten(', '.join(map(str, value[same:])) or 'none', 60)}"
 
 
 def check_changes(command: Command, found: Checkpoint, console: Console) -> None:

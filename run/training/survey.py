@@ -138,8 +138,10 @@ def _host_memory() -> int:
 
 
 def disk(command: Command, model: nn.Module) -> Finding:
-    """Room for the checkpoints that are kept and the one that is being written."""
-    needed = (command.recipe.checkpoint.keep + 1) * CHECKPOINT_BYTES * sum(p.numel() for p in model.parameters())
+    """Room for the checkpoints that are kept, also for replay, and the one that is being written."""
+    safety = command.recipe.safety
+    count = command.recipe.checkpoint.keep + 1 + (safety.max_skips if safety.nonfinite == "skip" else 0)
+    needed = count * CHECKPOINT_BYTES * sum(p.numel() for p in model.parameters())
     folder = existing_folder(command.output)
     free = shutil.disk_usage(folder).free
     value = f"{needed / 1e9:.2f} GB for checkpoints, {free / 1e9:.1f} GB free at {folder}"

@@ -226,7 +226,7 @@ def test_a_killed_run_goes_on_with_the_same_figures_to_the_digit(tmp_path):
     again = start(tmp_path / "whole", tmp_path / "data")
     assert again.returncode == 0 and "step 6 was the last one" in again.stdout
     other = start(tmp_path / "whole", tmp_path / "data", "--model.channels", "16")
-    assert other.returncode == 2 and "has channels 8, not 16" in other.stderr
+    assert other.returncode == 2 and "segmenter channels is 8 there, 16 here" in other.stderr
 
 
 @pytest.mark.slow

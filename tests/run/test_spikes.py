@@ -35,11 +35,12 @@ def newest(output) -> checkpoint.Checkpoint:
     return checkpoint.newest(output, warn=pytest.fail)
 
 
-@pytest.mark.parametrize(("back", "to"), [(1, 6), (2, 4), (3, 2), (9, 2)])
-def test_the_earlier_state_stands_under_the_later_step(tmp_path, back, to):
+@pytest.mark.parametrize(("back", "keep", "to"), [(1, 9, 6), (2, 9, 4), (3, 9, 2), (9, 9, 2), (9, 2, 4)])
+def test_the_earlier_state_stands_under_the_later_step(tmp_path, back, keep, to):
+    """One that is there beyond those to keep, as for a replay, is too old."""
     for step in (2, 4, 6):
         write_checkpoint(tmp_path, step)
-    assert rewind(tmp_path, back, step=7, next_position=56, keep=9).step == to
+    assert rewind(tmp_path, back, step=7, next_position=56, keep=keep).step == to
     found = newest(tmp_path)
     assert found.step == 7 and (tmp_path / "latest").read_text() == "checkpoint-7"
     weight = tmp_path / f"checkpoint-{to}" / "weight.safetensors"

@@ -48,7 +48,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint_under_another_name_of_the_pres
     ("sections", "says"),
     [
         ({"config": {"preset": "tiny", "depth": 3}}, "config depth is 2 there, 3 here"),
-        ({"classifier": {"pool": "mean", "names": ["a", "b"]}}, "[...] there, ['a', 'b'] here"),
+        ({"classifier": {"pool": "mean", "names": [NAMES[0], "b"]}}, " there, of 2, from number 2 on: b here"),
         ({"classifier": None}, "classifier pool is mean there, None here"),
     ],
 )
