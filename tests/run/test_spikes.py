@@ -1,5 +1,7 @@
 """What counts as a spike, and the checkpoint that a run goes on from after one."""
 
+import os
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -40,11 +42,11 @@ def test_the_earlier_state_stands_under_the_later_step(tmp_path, back, keep, to)
     """One that is there beyond those to keep, as for a replay, is too old."""
     for step in (2, 4, 6):
         write_checkpoint(tmp_path, step)
+    weight = (tmp_path / f"checkpoint-{to}" / "weight.safetensors").stat()
     assert rewind(tmp_path, back, step=7, next_position=56, keep=keep).step == to
     found = newest(tmp_path)
     assert found.step == 7 and (tmp_path / "latest").read_text() == "checkpoint-7"
-    weight = tmp_path / f"checkpoint-{to}" / "weight.safetensors"
-    assert (found.folder / "weight.safetensors").samefile(weight)
+    assert os.path.samestat((found.folder / "weight.safetensors").stat(), weight)
     assert found.manifest["data"] == {"next_position": 56, "skipped": [[0, 8], [8 * to, 56]]}
     assert found.manifest["adam_steps"] == to
     assert set(found.manifest["files"]) == {"weight.safetensors", "tokenizer.json"}
