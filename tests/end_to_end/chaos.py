@@ -32,7 +32,7 @@ from mug.data.config import DataConfig
 from mug.data.openmoji import ensure_openmoji
 
 BATCH, EVERY = 8, 3
-PATIENCE = 180  # seconds in which a life must come to its end, or to the place where it is disturbed
+PATIENCE = 600  # seconds in which a life must come to its end, or to the place where it is disturbed
 HOOK = Path(__file__).parent / "chaos_hook"
 
 # Just before which file operation of a save a rank is killed.
@@ -467,7 +467,7 @@ def soak(folder: Path, number: int, seed: int, say: Callable[[str], None] = prin
 def finish_life(run: Soak, life: Life, first: bool = False) -> None:
     """Without a fault: the first two checkpoints, or all the rest."""
     if first:
-        life.wait_until(lambda: newest_whole(run.output) == 2 * EVERY)
+        life.wait_until(lambda: (newest_whole(run.output) or 0) >= 2 * EVERY)
         life.process.terminate()
         assert life.end() != 0
         return

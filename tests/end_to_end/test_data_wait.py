@@ -1,7 +1,7 @@
 """The share of the steps that training waits for data."""
 
 import pytest
-from launch import TOY, pretrain, rows
+from launch import PYTHON, TOY, pretrain, rows
 
 from mug.run.training.metrics import WaitAlarm
 
@@ -17,8 +17,10 @@ def test_the_alarm_sounds_once_while_waiting_goes_on():
 
 @pytest.mark.slow
 def test_it_is_logged_and_a_warning_names_the_loader(tmp_path):
-    """A small model, and images that are decoded between the steps: the loader takes much of the time."""
-    done = pretrain(tmp_path / "run", *TOY, "--trainer.max_steps", "4", "--trainer.eval_samples", "1")
+    """Images are read between the steps, each batch of them in more than a second."""
+    slowly = [*PYTHON, "tests/end_to_end/slow_data.py"]
+    options = (*TOY, "--trainer.max_steps", "4", "--trainer.eval_samples", "1")
+    done = pretrain(tmp_path / "run", *options, launcher=slowly)
     assert done.returncode == 0, done.stdout + done.stderr
     waits = [row["data_wait"] for row in rows(tmp_path / "run", "train")]
     assert len(waits) == 4 and all(0.05 < wait < 1 for wait in waits)

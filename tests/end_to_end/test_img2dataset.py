@@ -63,7 +63,9 @@ def download(urls, tmp_path_factory):
     """Function (output format) → folder of what img2dataset made of the URLs, in shards of 12."""
     venv = tmp_path_factory.mktemp("img2dataset")
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-    subprocess.run([f"{venv}/bin/pip", "install", "--quiet", "--no-compile", IMG2DATASET], check=True)
+    subprocess.run(
+        [f"{venv}/bin/pip", "install", "--quiet", "--no-compile", "--retries", "10", IMG2DATASET], check=True
+    )
 
     def download(format: str) -> Path:
         out = tmp_path_factory.mktemp(format)

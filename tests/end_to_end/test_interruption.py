@@ -16,6 +16,7 @@ from mug.run.training import checkpoint
 from mug.run.training.watch import BEAT
 
 STEPS = 40
+SLOW = 180  # seconds, where it does not matter how many
 FOR_EVER = 100_000
 OPTIONS = [
     *TOY,
@@ -103,7 +104,7 @@ def test_a_launcher_and_all_below_it_are_asked_to_end(tmp_path):
     job = Job(tmp_path / "run", torchrun(2))
     wait_for_rows(job.output, 4)
     job.process.terminate()
-    job.wait(40)
+    job.wait(SLOW)
     found = checkpoint.newest(job.output, warn=pytest.fail)
     assert f"SIGTERM: step {found.step} is saved" in job.text()
     assert "Traceback (most recent call last)" not in (job.output / "logs" / "rank0.log").read_text()
@@ -114,7 +115,7 @@ def test_the_deepspeed_launcher_hands_on_the_exit_status(tmp_path):
     job = Job(tmp_path / "run", deepspeed(2))
     wait_for_rows(job.output, 4)
     job.rank(1).send_signal(signal.SIGUSR1)
-    assert job.wait(40) == 75
+    assert job.wait(SLOW) == 75
     found = checkpoint.newest(job.output, warn=pytest.fail)
     assert f"SIGUSR1: step {found.step} is saved" in job.text()
 
@@ -176,7 +177,7 @@ def test_a_rank_that_falls_silent_is_not_waited_for(tmp_path):
     wait_for_rows(tmp_path / "run", 4)
     ranks[1].process.send_signal(signal.SIGSTOP)
     begin = time.monotonic()
-    assert ranks[0].wait(60) == 75
+    assert ranks[0].wait(SLOW) == 75
     print(f"rank 0 had ended {time.monotonic() - begin:.1f} s after rank 1 was stopped")
     pid = ranks[1].process.pid
     assert re.search(rf"error: nothing was heard of rank 1 \(host \S+, pid {pid}, step .*\) for 40 s", ranks[0].text())

@@ -65,12 +65,16 @@ def test_killed_twice_at_random_steps_gives_the_same_losses_to_the_digit(tmp_pat
     assert not list(output.glob("*.partial"))
 
 
+def newest_partial(output) -> int:
+    return max((int(path.stem.partition("-")[2]) for path in output.glob("checkpoint-*.partial")), default=0)
+
+
 @pytest.mark.slow
 def test_killed_while_a_checkpoint_is_written_behind_training(tmp_path, undisturbed):
     output = tmp_path / "run"
-    kill_when((output / "checkpoint-9.partial").exists, output, "--checkpoint.asynchronous", "true")
+    kill_when(lambda: newest_partial(output) >= 9, output, "--checkpoint.asynchronous", "true")
     step = checkpoint.newest(output, warn=pytest.fail).step
-    assert step in (6, 9)  # 9 if the commit was faster than the signal
+    assert step % 3 == 0 and 6 <= step < 24  # one more where the commit was faster than the signal
     done = pretrain(output, *OPTIONS, "--checkpoint.asynchronous", "true")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"going on after step {step}" in done.stdout

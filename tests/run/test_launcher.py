@@ -1,5 +1,6 @@
 """A rank knows when its launcher is killed, and takes nobody else for one."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -66,6 +67,6 @@ def test_a_launcher_is_killed(variable, parents, known, victim, says):
         assert launched.stdout.readline().strip() == says
     finally:
         for process in line:
-            if process.is_running():
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         launched.communicate()

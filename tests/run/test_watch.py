@@ -71,7 +71,7 @@ def be_stuck(rank: int, guard: Watch) -> None:
 def be_late(rank: int, guard: Watch) -> None:
     guard.at("step 7")
     if rank == 2:
-        time.sleep(2)
+        time.sleep(8)
     dist.barrier()
 
 
@@ -109,7 +109,7 @@ def count_messages(rank, guard: Watch) -> None:
 
 
 def live(rank: int, port: int, folder: Path, act, hang_seconds: float) -> None:
-    watch.BEAT, watch.SILENCE, watch.GRACE = 0.1, 2.0, 0.5
+    watch.BEAT, watch.SILENCE, watch.GRACE = 0.1, 10.0, 0.5
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": str(rank)}
     log = os.open(folder / f"rank{rank}.log", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 2)
@@ -128,7 +128,7 @@ def run(folder: Path, act, hang_seconds: float = 60.0) -> tuple[list[int | None]
     ranks = [context.Process(target=live, args=(rank, port, folder, act, hang_seconds)) for rank in range(WORLD)]
     for process in ranks:
         process.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     for process in ranks:
         process.join(max(0, deadline - time.monotonic()) if act is not be_stopped or process is not ranks[2] else 0)
     codes = [process.exitcode for process in ranks]
@@ -159,7 +159,7 @@ def test_a_rank_speaks_once_a_beat(tmp_path):
             r"error: rank 1 \(host \S+, pid PID1, step 7, its data\) is gone: its process ended; .*",
         ),
         (be_killed_as_rank_zero, [-9, 75, 75], "error: rank 0 is gone: its process ended; .*"),
-        (be_stopped, [75, 75, None], r"error: nothing was heard of rank 2 \(host \S+, pid PID2, .*\) for 2 s; .*"),
+        (be_stopped, [75, 75, None], r"error: nothing was heard of rank 2 \(host \S+, pid PID2, .*\) for 10 s; .*"),
     ],
 )
 def test_a_lost_rank_is_named_once_and_the_others_end(tmp_path, act, codes, says):
@@ -186,7 +186,7 @@ def test_rank_zero_ends_after_all_others_have_heard_why(admitted):
 
 
 def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(tmp_path):
-    codes, pids, lines = run(tmp_path, be_stuck, hang_seconds=3.0)
+    codes, pids, lines = run(tmp_path, be_stuck, hang_seconds=8.0)
     assert codes == [75, 75, 75]
     late, hung = lines
     assert re.fullmatch(rf"warning: rank 2 \(host \S+, pid {pids[2]}, step 7\) got no further for \d s; .*", late)
@@ -195,9 +195,9 @@ def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(tmp_path):
 
 
 def test_a_late_rank_is_named_and_may_go_on(tmp_path):
-    codes, pids, lines = run(tmp_path, be_late, hang_seconds=5.0)
+    codes, pids, lines = run(tmp_path, be_late, hang_seconds=20.0)
     assert codes == [0, 0, 0]
-    assert len(lines) == 1 and f"pid {pids[2]}, step 7) got no further for 1 s" in lines[0]
+    assert len(lines) == 1 and re.search(rf"pid {pids[2]}, step 7\) got no further for \d s", lines[0])
 
 
 def test_a_rank_whose_launcher_is_gone_is_asked_to_end_once(tmp_path):
