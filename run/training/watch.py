@@ -1,7 +1,7 @@
 """Which ranks are alive, and which one keeps the others waiting.
 
-Apart from the connections that carry gradients, every rank keeps one to rank 0 and says on it, every few seconds, how
-far it is. A process that is killed closes its connection at that moment; a machine that is gone, or a process that is
+Apart from the connections that carry gradients, every rank keeps one to rank 0 and says on it, every second, how far
+it is. A process that is killed closes its connection at that moment; a machine that is gone, or a process that is
 stopped, falls silent; one that hangs gets no further while it goes on talking. Rank 0 names it to all the others, and
 each of them ends, from a thread: its main thread may wait in a collective call for ever.
 """
@@ -28,7 +28,7 @@ from mug.run.training.console import Console, leave
 from mug.run.training.errors import RESTART, is_of_communication
 from mug.run.training.launcher import LAUNCHER
 
-BEAT = 5.0  # seconds between two messages of a rank
+BEAT = 1.0  # seconds between two messages of a rank
 SILENCE = 40.0  # seconds without a message after which a rank is given up
 GRACE = 5.0  # seconds that ranks have to end by themselves, after one has failed
 LONGEST = 1 << 16  # bytes of a message
@@ -72,12 +72,12 @@ class Watch:
     ) -> None:
         if error is not None and is_of_communication(error):
             # Another rank is gone. The board knows which one, and the thread will end this process with its name.
-            time.sleep(SILENCE + 2 * BEAT)
+            time.sleep(SILENCE + 10 * BEAT)
         self.left = True
         reason = None if error is None else f"{kind.__name__}: {error}".splitlines()[0]
         self.line.send({"left": True, "reason": reason})
         if self.board:
-            self.board.join(GRACE + BEAT)  # the others must not take the end of this process for a loss
+            self.board.join(GRACE + 5 * BEAT)  # the others must not take the end of this process for a loss
 
     def _listen(self) -> None:
         """Speak and listen until this rank leaves, or the board says who is lost, or is lost itself."""

@@ -56,11 +56,11 @@ class Job:
         return self.process.wait(seconds)
 
 
-def start_ranks(output: Path, world: int) -> list[Job]:
+def start_ranks(output: Path, world: int, steps: int = STEPS) -> list[Job]:
     """As srun starts them: nobody ends the others when one ends."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world)}
     place |= {"LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-    return [Job(output, [sys.executable], RANK=str(r), LOCAL_RANK=str(r), **place) for r in range(world)]
+    return [Job(output, [sys.executable], steps, RANK=str(r), LOCAL_RANK=str(r), **place) for r in range(world)]
 
 
 def wait_for_rows(output: Path, count: int) -> None:
@@ -124,8 +124,9 @@ def test_the_deepspeed_launcher_hands_on_the_exit_status(tmp_path):
 @pytest.mark.parametrize("launcher", [None, deepspeed, torchrun], ids=["no launcher", "deepspeed", "torchrun"])
 def test_a_rank_is_killed(tmp_path, launcher):
     output = tmp_path / "run"
-    jobs = [Job(output, launcher(3))] if launcher else start_ranks(output, 3)
+    jobs = [Job(output, launcher(3), steps=FOR_EVER)] if launcher else start_ranks(output, 3, FOR_EVER)
     wait_for_rows(output, 4)
+    time.sleep(3 * BEAT)  # all have said that they train
     victim = jobs[0].rank(1) if launcher else jobs[1].rank(1)
     victim.kill()
     begin = time.monotonic()
@@ -152,7 +153,8 @@ def test_the_launcher_is_killed(tmp_path, launcher):
     print(f"all ranks had ended {time.monotonic() - begin:.1f} s after the launcher was killed")
     found = checkpoint.newest(job.output, warn=pytest.fail)
     assert f"SIGTERM: step {found.step} is saved" in job.text()
-    assert "warning: the launcher is gone" in job.text()
+    logs = [path.read_text() for path in (job.output / "logs").iterdir()]
+    assert any("the launcher of this rank is gone" in log for log in logs)  # who sees it first tells the others
 
 
 @pytest.mark.slow
@@ -173,8 +175,9 @@ def test_a_rank_without_a_launcher_outlives_the_shell_that_started_it(tmp_path):
 @pytest.mark.slow
 def test_a_rank_that_falls_silent_is_not_waited_for(tmp_path):
     """As when its machine is gone: nothing closes the connection."""
-    ranks = start_ranks(tmp_path / "run", 2)
+    ranks = start_ranks(tmp_path / "run", 2, FOR_EVER)
     wait_for_rows(tmp_path / "run", 4)
+    time.sleep(3 * BEAT)  # both have said that they train
     ranks[1].process.send_signal(signal.SIGSTOP)
     begin = time.monotonic()
     assert ranks[0].wait(SLOW) == 75
