@@ -81,7 +81,7 @@ def assert_as_near_as_eager(case: Case, grad_output: float) -> None:
     losses, gradients = zip(*(case.loss_and_gradient(b, grad_output) for b in ("triton", "reference")), strict=True)
     ours, eagers = ((x.double() - exact_loss).abs() for x in losses)
     assert losses[0].dtype == torch.float32 and losses[0].shape == ()
-    assert ours <= 2 * eagers + 2**-21 * exact_loss, f"loss is off by {ours:.2e}, eager by {eagers:.2e}"
+    assert ours <= 2 * eagers + 2**-22 * exact_loss, f"loss is off by {ours:.2e}, eager by {eagers:.2e}"
     # Another grad_output than a power of two is a second rounding in half precision: 2x on average, not at most.
     norm = torch.max if math.frexp(grad_output)[0] == 0.5 else lambda x: x.square().mean().sqrt()
     ours, eagers = (norm((x.double() - exact_gradient).abs()) for x in gradients)
