@@ -81,9 +81,10 @@ class Console:
         """A line on the terminal, from rank 0 alone; above the progress bar if there is one."""
         if self.rank == 0:
             try:
-                self.bar.console.print(line, highlight=False, markup=False) if self.bar else print(
-                    line, file=self.terminal
-                )
+                if self.bar:
+                    self.bar.console.print(line, highlight=False, markup=False)
+                else:
+                    print(line, file=self.terminal)
             except OSError as error:
                 if error.errno not in NOBODY_THERE:
                     raise

@@ -173,7 +173,7 @@ def test_what_claims_to_be_large_is_refused_before_it_takes_memory_or_time():
     *reasons, cost = run.stdout.decode().splitlines()
     assert reasons == list(LARGE) and run.stderr == b""  # no warning of Pillow's
     mebibytes, seconds = map(float, cost.split())
-    assert mebibytes < 50 and seconds < 5
+    assert mebibytes < 50 and seconds < 1
 
 
 def test_too_many_bytes_are_refused():

@@ -442,6 +442,7 @@ def test_a_process_ends_during_a_transfer(server, tmp_path):
     go(process)
     process.communicate(timeout=60)
     assert process.returncode == 0
+    assert len(server.ranges("/3.tar")) == 1
 
 
 def test_pickles_small_and_works_after_a_fork(server, tmp_path):

@@ -12,6 +12,7 @@ from mug.run.training.errors import RunError
 from mug.run.training.metrics import logged_losses
 from mug.run.training.output import check_writable, lock
 from mug.run.training.recipe import Command, count_steps, parse_command
+from mug.run.training.restore import restore
 from mug.run.training.start import find_checkpoint
 
 NAMES = [f"class {number}" for number in range(1000)]
@@ -56,6 +57,17 @@ def test_another_model_is_refused_in_one_short_line(saved, sections, says):
     with pytest.raises(RunError, match="checkpoint-3 is a checkpoint of another model: ") as refused:
         find(saved, **sections)
     assert says in str(refused.value) and len(str(refused.value)) < 300 + len(str(saved))
+
+
+def test_a_run_of_another_kind_is_refused(saved):
+    """A segmentation's description has a section of its own, and none of these."""
+    segmenter = {"segmenter": {"classes": 3}}
+    checkpoint.open_partial(saved, 4)
+    checkpoint.commit(saved, 4, {}, {"model": segmenter, "recipe": {"trainer": {"global_batch": 8}}}, {}, keep=1)
+    with pytest.raises(RunError, match="another model: segmenter classes is 3 there, None here"):
+        find(saved)
+    with pytest.raises(RunError, match="is no checkpoint of a pre-training run; name one"):
+        restore(saved, pytest.fail)
 
 
 def test_another_recipe_is_refused_unless_it_is_allowed(saved):
