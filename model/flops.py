@@ -4,15 +4,22 @@ Convention: 1 multiply-add = 2 FLOP, backward = 2 x forward, causal attention co
 element-wise work are left out.
 """
 
+from collections.abc import Iterable
+
 from mug.model.presets import ModelConfig
 
+DECODING = {"pixels": ("pixel_decoder",), "caption": ("text_decoder", "caption_head")}  # stages of one loss alone
 
-def flops_per_sample(config: ModelConfig, vocabulary_size: int, text_tokens: float | None = None) -> dict[str, float]:
+
+def flops_per_sample(
+    config: ModelConfig, vocabulary_size: int, text_tokens: float | None = None, terms: Iterable[str] = tuple(DECODING)
+) -> dict[str, float]:
     """FLOP of forward and backward, by stage: encoder, pixel_decoder, text_decoder, caption_head.
 
     Args:
         text_tokens: of a caption, as padding costs nothing; None: a caption that fills the model's text length, as
             in published figures.
+        terms: the losses that are computed; the stages of others are left out.
     """
     text_tokens = config.text_length if text_tokens is None else text_tokens
     multiply_adds = {
@@ -21,7 +28,8 @@ def flops_per_sample(config: ModelConfig, vocabulary_size: int, text_tokens: flo
         "text_decoder": _text_decoder(config, text_tokens),
         "caption_head": text_tokens * config.text_width * vocabulary_size,
     }
-    return {stage: 3 * 2 * count for stage, count in multiply_adds.items()}
+    computed = {"encoder"}.union(*(DECODING[term] for term in terms))
+    return {stage: 3 * 2 * count for stage, count in multiply_adds.items() if stage in computed}
 
 
 def classifier_flops(config: ModelConfig, classes: int) -> float:

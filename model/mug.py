@@ -22,16 +22,17 @@ class MUG(nn.Module):
 
     `config` is resolved (see presets.resolve). `seed` fixes, with a sample's position, which patches and words
     are masked. `batch` holds uint8 `image` [B, 3, H, W], int64 `tokens` [B, T] (BOS … EOS PAD; a row of PAD
-    alone is a sample without caption) and int64 `position` [B].
+    alone is a sample without caption) and int64 `position` [B]. A loss that `terms` leaves out is not computed; its
+    decoder is there, but gets no gradient.
     """
 
     terms = ("pixels", "caption")
 
-    def __init__(self, config: ModelConfig, vocabulary: Vocabulary, seed: int = 0):
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary, seed: int = 0, terms: tuple[str, ...] = terms):
         super().__init__()
         if config.captioning == "masked-language" and vocabulary.mask is None:
             raise ModelConfigError("model.captioning masked-language needs a tokenizer with a mask token")
-        self.config, self.vocabulary, self.seed = config, vocabulary, seed
+        self.config, self.vocabulary, self.seed, self.terms = config, vocabulary, seed, terms
         self.captioning = captioning.FUNCTIONS[config.captioning]
         self.encoder = Encoder(config)
         self.pixel_decoder = PixelDecoder(config)
@@ -45,21 +46,25 @@ class MUG(nn.Module):
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """How many terms each loss is a mean over: masked patches, and tokens to predict."""
-        task = self.captioning(batch["tokens"], batch["position"], self.vocabulary, self.seed)
-        masked = self.config.patches - self.config.visible
-        return {
-            "pixels": len(batch["position"]) * masked,
-            "caption": int((task.targets != self.vocabulary.pad).sum()),
-        }
+        counts = {}
+        if "pixels" in self.terms:
+            counts["pixels"] = len(batch["position"]) * (self.config.patches - self.config.visible)
+        if "caption" in self.terms:
+            task = self.captioning(batch["tokens"], batch["position"], self.vocabulary, self.seed)
+            counts["caption"] = int((task.targets != self.vocabulary.pad).sum())
+        return counts
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(losses, report): fp32 scalars `pixels` and `caption`; detached figures to log, named kind/term."""
+        """(losses, report): fp32 scalars by term; detached figures to log, named kind/term."""
         image, tokens, position = batch["image"], batch["tokens"], batch["position"]
         visible_BK, masked_BM = self.forward_mask(position)  # [B, K], [B, M]
         encoded_BLD = self.encoder(image, visible_BK)  # [B, 1 + K, D]
-        pixel_loss = self.forward_pixels(image, encoded_BLD, visible_BK, masked_BM)
-        caption_loss, accuracy = self.forward_caption(tokens, position, encoded_BLD)
-        return {"pixels": pixel_loss, "caption": caption_loss}, {"accuracy/caption": accuracy}
+        losses, report = {}, {}
+        if "pixels" in self.terms:
+            losses["pixels"] = self.forward_pixels(image, encoded_BLD, visible_BK, masked_BM)
+        if "caption" in self.terms:
+            losses["caption"], report["accuracy/caption"] = self.forward_caption(tokens, position, encoded_BLD)
+        return losses, report
 
     def forward_mask(self, position_B: Tensor) -> tuple[Tensor, Tensor]:
         """The patches to see [B, K] and to predict [B, M], by (seed, position)."""

@@ -89,13 +89,15 @@ def build_objective(recipe: Recipe, vocabulary: Vocabulary) -> torch.nn.Module:
     """The objective with freshly drawn weights, the same on all ranks and for all ZeRO stages."""
     if recipe.objective not in OBJECTIVES:
         raise RunError(f"objective {recipe.objective!r} is not one of {', '.join(OBJECTIVES)}")
-    torch.manual_seed(recipe.seed)
-    model = OBJECTIVES[recipe.objective](recipe.model, vocabulary, recipe.seed)
-    if set(recipe.loss_weights) != set(model.terms):
+    objective = OBJECTIVES[recipe.objective]
+    if set(recipe.loss_weights) != set(objective.terms):
         raise RunError(
-            f"loss_weights names {', '.join(recipe.loss_weights)}; {recipe.objective} has {', '.join(model.terms)}"
+            f"loss_weights names {', '.join(recipe.loss_weights)}; {recipe.objective} has {', '.join(objective.terms)}"
         )
-    return model
+    if not recipe.weighted:
+        raise RunError("loss_weights are all 0: nothing would be trained; give a loss some weight")
+    torch.manual_seed(recipe.seed)
+    return objective(recipe.model, vocabulary, recipe.seed, tuple(recipe.weighted))
 
 
 # --- What went wrong so far -------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ class Pretraining:
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        return self.recipe.loss_weights
+        return self.recipe.weighted
 
     def step_flops(self, micro_batches: list[Batch]) -> float:
         """FLOP of this rank's step; captions' padding is none, as the model computes nothing for it."""
@@ -140,7 +142,8 @@ class Pretraining:
         for batch in micro_batches:
             samples = len(batch["tokens"])
             text_tokens = int((batch["tokens"] != vocabulary["pad"]).sum()) / samples
-            flops += samples * sum(flops_per_sample(self.recipe.model, vocabulary["size"], text_tokens).values())
+            stages = flops_per_sample(self.recipe.model, vocabulary["size"], text_tokens, self.loss_weights)
+            flops += samples * sum(stages.values())
         return flops
 
     def evaluate(self, run: Run, step: int, figures: dict[str, float]) -> dict[str, float]:

@@ -50,7 +50,7 @@ def main(console: Console) -> None:
 
     mine = replayed.micro_batches[rank::world]
     batches = [batch for batch, _ in load(stream.pairs, [range(*one.positions) for one in mine], workers=0)]
-    means = train_step(engine, batches, recipe.loss_weights)
+    means = train_step(engine, batches, recipe.weighted)
     same = compare(console, replayed, mine, means)
     what, count = "is finite" if engine.was_step_applied() else "is not finite", len(replayed.micro_batches)
     console.say(

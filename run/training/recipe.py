@@ -130,7 +130,7 @@ class Recipe:
 
     Args:
         objective: what is learned, a name in mug.model.mug.OBJECTIVES.
-        loss_weights: factor of each term of the objective in the total loss.
+        loss_weights: factor of each term of the objective in the total loss; a term of factor 0 is not computed.
         seed: of weights, order of samples, crops and masks.
     """
 
@@ -142,6 +142,11 @@ class Recipe:
     objective: str = "mug"
     loss_weights: dict[str, float] = field(default_factory=lambda: {"pixels": 1.0, "caption": 0.1})
     seed: int = 0
+
+    @property
+    def weighted(self) -> dict[str, float]:
+        """The terms that are trained on, with their factors."""
+        return {term: factor for term, factor in self.loss_weights.items() if factor}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":

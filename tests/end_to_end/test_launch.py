@@ -62,3 +62,20 @@ def test_zero3_loses_nothing_by_computing_again_in_backward(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         curves[policy] = losses(tmp_path / policy)
     assert curves["elementwise"] == curves["blocks"] == curves["nothing"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("left_out", "weights"), [("caption", (1, 0)), ("pixels", (0, 1))])
+def test_a_loss_of_weight_0_is_not_computed_under_any_zero_stage(tmp_path, left_out, weights):
+    options = ("--loss_weights.pixels", str(weights[0]), "--loss_weights.caption", str(weights[1]), *STEPS)
+    curves = {}
+    for config, launcher in (("zero0", PYTHON), ("zero1", torchrun(2)), ("zero3", torchrun(2))):
+        done = pretrain(tmp_path / config, *options, config=f"ds_configs/{config}.json", launcher=launcher)
+        assert done.returncode == 0, done.stdout + done.stderr
+        curves[config] = losses(tmp_path / config) + losses(tmp_path / config, "eval")
+        for row in curves[config]:
+            row.pop("grad_norm", None)  # DeepSpeed has none under stage 0 in fp32
+            assert f"loss/{left_out}" not in row and len([name for name in row if name.startswith("loss/")]) == 2
+    for name, curve in curves.items():
+        for mine, other in zip(curve, curves["zero0"], strict=True):
+            assert mine == pytest.approx(other, abs=1e-4), f"{name}, step {mine['step']}"

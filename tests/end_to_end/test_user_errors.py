@@ -30,6 +30,7 @@ CASES = {
     "image not a multiple of the patch": (["--model.image_size", "60"], "model.image_size 60"),
     "unknown preset": (["--model.preset", "giant"], "giant"),
     "unknown loss": (["--loss_weights", "{pixels: 1, captions: 1}"], "captions"),
+    "no loss with a weight": (["--loss_weights", "{pixels: 0, caption: 0}"], "loss_weights are all 0"),
     "no apex": (["--trainer.apex_adam", "true"], "trainer.apex_adam: apex.optimizers cannot be imported"),
     "missing recipe": (["--config", "nothing.yaml"], "nothing.yaml"),
 }

@@ -45,3 +45,11 @@ def test_forward_equals_the_count_that_pytorch_makes(make_model, make_batch, cap
     expected = {"encoder": encoder, "pixel_decoder": pixels, "text_decoder": text, "caption_head": head}
     forward = {stage: flop / 3 for stage, flop in flops_per_sample(model.config, model.vocabulary.size).items()}
     assert forward == pytest.approx(expected, rel=1e-9)
+
+
+def test_stages_of_a_loss_that_is_not_computed_are_left_out(make_model):
+    config = make_model().config
+    stages = flops_per_sample(config, 20)
+    assert flops_per_sample(config, 20, terms=["pixels"]) == {k: stages[k] for k in ("encoder", "pixel_decoder")}
+    captions = {k: stages[k] for k in ("encoder", "text_decoder", "caption_head")}
+    assert flops_per_sample(config, 20, terms=["caption"]) == captions

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from mug.model.mug import MUG
+
 both_tasks = pytest.mark.parametrize("captioning", ["autoregressive", "masked-language"])
 
 
@@ -81,3 +83,24 @@ def test_each_loss_reaches_the_encoder_and_its_own_decoder_alone(make_model, mak
         assert all(p.grad.abs().max() > 0 for p in model.encoder.parameters())
         other = model.text_decoder if term == "pixels" else model.pixel_decoder
         assert all(p.grad is None or (p.grad == 0).all() for p in other.parameters())
+
+
+def test_a_loss_that_is_left_out_costs_nothing_and_changes_nothing(make_model, make_batch):
+    whole = make_model()
+    batch = make_batch(whole, [6, 3])
+    for term, other in (("pixels", "text_decoder"), ("caption", "pixel_decoder")):
+        alone = MUG(whole.config, whole.vocabulary, whole.seed, terms=(term,))
+        alone.load_state_dict(whole.state_dict())
+        getattr(alone, other).forward = None  # not to be called
+        whole.zero_grad()
+        expected = whole(batch)[0][term]
+        expected.backward()
+        losses, _ = alone(batch)
+        losses[term].backward()
+        assert list(losses) == [term] and torch.equal(losses[term], expected)
+        assert alone.counts(batch) == {term: whole.counts(batch)[term]}
+        for (name, mine), theirs in zip(alone.named_parameters(), whole.parameters(), strict=True):
+            if name.startswith(other):
+                assert mine.grad is None, name
+            else:
+                assert torch.equal(mine.grad, theirs.grad), name
