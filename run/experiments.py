@@ -2,13 +2,14 @@
 """What does each half of MUG's loss teach? Pre-train three ways, judge the encoders alike, write the table.
 
     python run/experiments.py --quick                  # about 10 minutes on 2 CPU cores
-    python run/experiments.py                          # planned for 3 hours on 2 CPU cores, not timed yet
+    python run/experiments.py                          # about QQ minutes on 2 CPU cores
     python run/experiments.py --openclipart FOLDER     # also on Debian's clip art, unpacked there
 
 MUG (both losses), pixels alone (MAE) and captions alone see the same number of samples of Fashion-MNIST, captioned by
 class ("a photo of a sneaker"). Then: linear probe, k nearest neighbours, fine-tuning; an untrained encoder and raw
-pixels are the floors. Every part is one of the commands in run/, with its log under OUT/logs. Started again, it goes
-on where it stopped: finished parts are not run twice. The table goes into the file of --results.
+pixels are the floors. Every part is one of the commands in run/, with its log under OUT/logs; without a GPU, each core
+works on one part. Started again, it goes on where it stopped: finished parts are not run twice. The table goes into
+the file of --results.
 """
 
 import json
@@ -16,13 +17,16 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from jsonargparse import Namespace
 
 from mug.data import fashion_mnist
@@ -36,10 +40,10 @@ RUN = Path(__file__).parent
 DEEPSPEED = RUN.parent / "ds_configs" / "zero1.json"
 OBJECTIVES = {"MUG": (1.0, 0.1), "pixels alone": (1.0, 0.0), "captions alone": (0.0, 0.1)}  # weights of the two losses
 SMALL_DECODERS = {
-    "pixel_width": 128,
+    "pixel_width": 64,
     "pixel_depth": 2,
     "pixel_heads": 4,
-    "text_width": 128,
+    "text_width": 64,
     "text_heads": 4,
     "text_unimodal_layers": 1,
     "text_cross_layers": 1,
@@ -65,7 +69,7 @@ class Study:
 
 
 def studies(options: Namespace) -> list[Study]:
-    size = {"width": 96, "depth": 3, "heads": 3} if options.quick else {"width": 192, "depth": 4, "heads": 3}
+    size = {"width": 96, "depth": 3 if options.quick else 6, "heads": 3}
     encoder = {"image_size": 28, "patch_size": 7 if options.quick else 4, **size}
     amounts = (4_000, 1, 25_600, 4) if options.quick else (30_000, 3, 150_000, 2)
     chosen = [Study("fashion-mnist", options.fashion_mnist, *amounts, encoder, SMALL_DECODERS)]
@@ -91,8 +95,8 @@ def main(console: Console) -> None:
     said = []
     for study in studies(options):
         folder = out / study.kind
-        for part in parts(study, folder):
-            run_part(part, folder, console)
+        for chains in stages(study, folder):
+            run_side_by_side(chains, folder, console)
         said.append(report(study, folder))
     heading = "Pixels, captions, or both" + (" (quick form)" if options.quick else "")
     write_section(Path(options.results), heading, "\n\n".join([introduction(options, out), *said]))
@@ -123,28 +127,27 @@ def parse(arguments: list[str] | None = None) -> Namespace:
 # --- Parts ------------------------------------------------------------------------------------------------
 
 
-def parts(study: Study, folder: Path) -> Iterator[Part]:
-    """All commands of a study, in order."""
+def stages(study: Study, folder: Path) -> Iterator[list[list[Part]]]:
+    """All commands of a study: stages, one after the other, of chains that may run side by side."""
     shards, tokenizer = folder / "shards", folder / "tokenizer.json"
     build = ["build_shards.py", study.kind, study.source, "--out", str(shards), "--most", str(study.images)]
-    yield Part("build shards", build, shards)
-    yield Part(
-        "train tokenizer",
-        ["train_tokenizer.py", f"{shards}/train-*.tar", "--out", str(tokenizer), "--vocabulary", "2048"],
-        tokenizer,
-    )
-    for seed in range(study.seeds):
-        for objective in OBJECTIVES:
-            yield pretrain(study, folder, objective, seed)
-    first = run_of(folder, "MUG", 0)
-    for seed in range(study.seeds):
-        for objective in OBJECTIVES:
-            yield from judge(folder, f"{objective} {seed}", [str(run_of(folder, objective, seed)), "--seeds", "1"])
-    yield from judge(folder, "untrained", [str(first), "--encoder", "random", "--seeds", str(study.seeds)])
-    yield from judge(folder, "raw pixels", [str(first), "--encoder", "pixels", "--seeds", "1"])
-    for objective in OBJECTIVES:
-        yield finetune(study, folder, objective, run_of(folder, objective, 0))
-    yield finetune(study, folder, "untrained", None)
+    learn = ["train_tokenizer.py", f"{shards}/train-*.tar", "--out", str(tokenizer), "--vocabulary", "2048"]
+    yield [[Part("build shards", build, shards), Part("train tokenizer", learn, tokenizer)]]
+    yield [of_encoder(study, folder, objective, seed) for seed in range(study.seeds) for objective in OBJECTIVES]
+    first = str(run_of(folder, "MUG", 0))
+    yield [
+        [finetune(study, folder, "untrained", None)],
+        list(judge(folder, "untrained", [first, "--encoder", "random", "--seeds", str(study.seeds)])),
+        list(judge(folder, "raw pixels", [first, "--encoder", "pixels", "--seeds", "1"])),
+    ]
+
+
+def of_encoder(study: Study, folder: Path, objective: str, seed: int) -> list[Part]:
+    """Pre-train an encoder and judge it; that of the first seed is fine-tuned, too."""
+    run = run_of(folder, objective, seed)
+    chain = [pretrain(study, folder, objective, seed)]
+    chain += judge(folder, f"{objective} {seed}", [str(run), "--seeds", "1"])
+    return chain if seed else [*chain, finetune(study, folder, objective, run)]
 
 
 def run_of(folder: Path, objective: str, seed: int) -> Path:
@@ -156,7 +159,7 @@ def pretrain(study: Study, folder: Path, objective: str, seed: int) -> Part:
     values = {f"model.{name}": value for name, value in {**study.encoder, **study.decoders}.items()} | {
         "data.shards": f"{folder}/shards/train-*.tar",
         "data.tokenizer": folder / "tokenizer.json",
-        "data.workers": 1,
+        "data.workers": 0,
         "data.crop_scale": "[0.6, 1.0]",
         "trainer.global_batch": 64,
         "trainer.micro_batch": 64,
@@ -187,6 +190,7 @@ def finetune(study: Study, folder: Path, name: str, init: Path | None) -> Part:
     values = {f"model.{name}": value for name, value in study.encoder.items()} | {
         "data.images": f"{folder}/shards/train-*.tar",
         "data.test": f"{folder}/shards/held_out-*.tar",
+        "data.workers": 0,
         "trainer.epochs": study.finetune_epochs,
         "trainer.global_batch": 64,
         "trainer.micro_batch": 64,
@@ -205,6 +209,33 @@ def flags(values: dict[str, object]) -> list[str]:
     return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
 
+def at_once() -> int:
+    """How many parts to run at a time."""
+    return 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+
+
+def run_side_by_side(chains: list[list[Part]], folder: Path, console: Console) -> None:
+    """Run chains of parts, as many at once as there are cores; on a GPU, one after the other.
+
+    Raises:
+        RunError: a part failed; chains that are on their way end after the part they are at.
+    """
+    stop = threading.Event()
+
+    def run_chain(chain: list[Part]) -> None:
+        try:
+            for part in chain:
+                if not stop.is_set():
+                    run_part(part, folder, console)
+        except RunError:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(at_once()) as pool:
+        for done in as_completed([pool.submit(run_chain, chain) for chain in chains]):
+            done.result()
+
+
 def run_part(part: Part, folder: Path, console: Console) -> None:
     """Run a part to its end, unless it has been.
 
@@ -218,19 +249,19 @@ def run_part(part: Part, folder: Path, console: Console) -> None:
         (folder / inside).mkdir(parents=True, exist_ok=True)
     if part.produces:
         remove(part.produces)
-    begin = time.time()
+    began = time.time()
+    threads = {"OMP_NUM_THREADS": "1"} if at_once() > 1 else {}
     with log.open("w") as file:
-        status = subprocess.run(
-            [sys.executable, str(RUN / part.command[0]), *part.command[1:]], stdout=file, stderr=file
-        )
-    seconds = round(time.time() - begin, 1)
+        command = [sys.executable, str(RUN / part.command[0]), *part.command[1:]]
+        status = subprocess.run(command, stdout=file, stderr=file, env=os.environ | threads)
+    ended = time.time()
     if status.returncode:
         last = (log.read_text().splitlines() or ["it said nothing"])[-1]
         raise RunError(f"{part.name} ended with status {status.returncode}: {last} (all of it: {log})")
     fresh = done.with_suffix(".fresh")
-    fresh.write_text(json.dumps({"command": part.command, "seconds": seconds}))
+    fresh.write_text(json.dumps({"command": part.command, "began": began, "ended": ended}))
     os.replace(fresh, done)
-    console.say(f"{folder.name}: {part.name}, {seconds:.0f} s")
+    console.say(f"{folder.name}: {part.name}, {ended - began:.0f} s")
 
 
 def remove(path: Path) -> None:
@@ -248,13 +279,24 @@ def remove(path: Path) -> None:
 def introduction(options: Namespace, out: Path) -> str:
     """What was run, on what, when."""
     command = "python run/experiments.py" + " --quick" * options.quick
-    seconds = sum(json.loads(path.read_text())["seconds"] for path in out.glob("*/done/*.json"))
+    command += " --openclipart FOLDER" * bool(options.openclipart)
+    seconds = time_taken([json.loads(path.read_text()) for path in out.glob("*/done/*.json")])
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "timm"))
     return (
         f"`{command}`, {date.today()}, {len(os.sched_getaffinity(0))} CPU cores ({platform.machine()}), {versions};"
         f" {seconds / 60:.0f} minutes in all. Accuracies in percent on test images that were never trained on; mean ±"
-        " standard deviation over pre-training seeds, where there are several. Settings were not tuned per objective."
+        " standard deviation over pre-training seeds, where there are several; images/s with a part on each core."
+        " Settings were not tuned per objective."
     )
+
+
+def time_taken(parts: list[dict]) -> float:
+    """Seconds in which at least one part ran: pauses do not count, and parts side by side count once."""
+    seconds, until = 0.0, 0.0
+    for part in sorted(parts, key=lambda part: part["began"]):
+        seconds += max(0.0, part["ended"] - max(part["began"], until))
+        until = max(until, part["ended"])
+    return seconds
 
 
 def report(study: Study, folder: Path) -> str:

@@ -1,5 +1,6 @@
 """The comparison of losses: its commands are ones that the scripts take, and its table holds what they found."""
 
+import dataclasses
 import json
 import re
 
@@ -7,7 +8,17 @@ import pytest
 
 from mug.run import experiments, knn, linear_probe
 from mug.run.evaluation.results import spread, table, write_section
-from mug.run.experiments import OBJECTIVES, Part, parts, report, run_of, run_part, studies
+from mug.run.experiments import (
+    OBJECTIVES,
+    Part,
+    report,
+    run_of,
+    run_part,
+    run_side_by_side,
+    stages,
+    studies,
+    time_taken,
+)
 from mug.run.finetuning.recipe import parse_command as parse_finetune
 from mug.run.training.errors import RunError
 from mug.run.training.recipe import parse_command as parse_pretrain
@@ -41,7 +52,7 @@ def test_every_command_is_one_that_its_script_takes(options, form, tmp_path):
     (tmp_path / "found").mkdir()
     for study in studies(options(*form)):
         pretrained = {}
-        for part in parts(study, tmp_path):
+        for part in [part for chains in stages(study, tmp_path) for chain in chains for part in chain]:
             script, *arguments = part.command
             if script in PARSERS:
                 parsed = PARSERS[script](arguments)
@@ -85,6 +96,39 @@ def test_a_part_that_fails_is_named_with_its_log_and_run_anew(tmp_path, script):
     (tmp_path / "broken").unlink()
     run_part(script(), tmp_path, Silent())
     assert (tmp_path / "produced.txt").read_text() == "x"
+
+
+def test_chains_run_side_by_side_and_their_parts_in_order(tmp_path, monkeypatch):
+    (tmp_path / "meet.py").write_text(
+        "import pathlib, sys, time\nmine, other = map(pathlib.Path, sys.argv[1:])\nmine.touch()\n"
+        "until = time.time() + 60\nwhile not other.exists() and time.time() < until: time.sleep(0.01)\n"
+        "sys.exit(0 if other.exists() else 'error: alone')\n"
+    )
+    monkeypatch.setattr(experiments, "RUN", tmp_path)
+    monkeypatch.setattr(experiments, "at_once", lambda: 2)
+    one, two, last = tmp_path / "one", tmp_path / "two", tmp_path / "last"
+    chains = [
+        [Part("a", ["meet.py", str(one), str(two)]), Part("b", ["meet.py", str(last), str(last)])],
+        [Part("c", ["meet.py", str(two), str(one)])],  # ends only while `a` runs
+    ]
+    console = Silent()
+    run_side_by_side(chains, tmp_path, console)
+    names = [line.split(": ")[1].split(",")[0] for line in console.said]
+    assert sorted(names) == ["a", "b", "c"] and names.index("a") < names.index("b")
+
+
+def test_after_a_failure_no_further_part_begins(tmp_path, script, monkeypatch):
+    monkeypatch.setattr(experiments, "at_once", lambda: 1)
+    (tmp_path / "broken").touch()
+    first, second, third = (dataclasses.replace(script(), name=name) for name in ("one", "two", "three"))
+    with pytest.raises(RunError, match="one ended with status 1"):
+        run_side_by_side([[first, second], [third]], tmp_path, Silent())
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["one.log"]
+
+
+def test_time_counts_once_and_not_in_pauses():
+    spans = [(10, 20), (0, 4), (12, 15), (18, 25), (30, 31)]
+    assert time_taken([{"began": began, "ended": ended} for began, ended in spans]) == 4 + 15 + 1
 
 
 def test_the_table_holds_means_and_deviations_of_what_was_found(options, tmp_path):
