@@ -26,6 +26,13 @@ def test_the_cost_in_a_recipe_is_what_its_model_and_samples_make(path):
     assert computed * samples / (0.5 * 798e12) / 3600 == pytest.approx(hours, rel=0.01)
 
 
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
+def test_a_large_recipe_never_falls_back_on_the_embedded_pairs(path):
+    command = next(line for line in path.read_text().splitlines() if "run/index_shards.py" in line)
+    shards = parse_command([*DEEPSPEED, "--config", str(path)]).recipe.data.shards
+    assert shards == command.rpartition(" ")[2] == f"{path.stem.partition('_')[0]}/index"
+
+
 def test_the_default_recipe_is_used_where_none_is_named():
     command = parse_command(DEEPSPEED)
     assert command.recipe.model.preset == "tiny"
