@@ -20,10 +20,11 @@ from mug.run.evaluation.datasets import open_folder
 from mug.run.finetuning.augment import Augment
 from mug.run.finetuning.groups import layer_decay_groups
 from mug.run.finetuning.images import LabelledImages
-from mug.run.finetuning.initial import initial_encoder
+from mug.run.finetuning.initial import SIZES, initial_encoder
 from mug.run.finetuning.recipe import AugmentConfig, parse_command
 from mug.run.training.errors import RunError
 from mug.run.training.recipe import RECIPES
+from mug.run.training.recipe import parse_command as parse_pretraining
 
 CONFIG = resolve(ModelConfig(image_size=16, patch_size=4, width=16, depth=3, heads=2))
 PLAIN = AugmentConfig(rand_augment=None, erase=0, mixup=0, cutmix=0, label_smoothing=0)
@@ -209,6 +210,12 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(tmp_path):
 
 DEEPSPEED = ["--deepspeed", "ds_configs/zero1.json"]
 SETS = {"imagenet1k": 1_281_167, "inat2017": 579_184, "inat2018": 437_513, "places365": 1_803_460}
+
+
+def test_the_default_recipe_takes_the_encoder_of_the_default_pretraining():
+    pretrained, finetuned = (parse(DEEPSPEED).recipe.model for parse in (parse_pretraining, parse_command))
+    for name in (*SIZES, "image_size"):
+        assert getattr(finetuned.encoder, name) == getattr(pretrained, name), name
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "finetune").glob("*_base.yaml")), ids=lambda path: path.stem)
