@@ -40,6 +40,7 @@ setup(
         "flash": ["flash-attn"],
         "eval": ["pycocoevalcap", "sacrebleu", "scikit-learn", "torchmetrics", "transformers>=5"],
         "export": ["onnx", "onnxruntime", "onnxscript", "transformers>=5"],
+        "gs": ["gcsfs"],
         "http": ["aiohttp"],
         "s3": ["s3fs"],
         "test": [

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -619,3 +620,10 @@ def test_no_secret_in_a_message_or_log(server, tmp_path, code, caplog):
         fetch.read(0, 0, 1)
     assert "hunter2" not in str(caught.value) + caplog.text
     assert "hunter2" not in remote.reason(OSError(f"cannot open {secret} now"))
+
+
+def test_an_extra_that_is_named_where_a_package_lacks_is_one_of_setup_py(monkeypatch):
+    asked = {}
+    monkeypatch.setattr("setuptools.setup", asked.update)
+    runpy.run_path(str(Path(__file__).parents[2] / "setup.py"))
+    assert set(remote.EXTRAS.values()) <= asked["extras_require"].keys()
