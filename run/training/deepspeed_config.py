@@ -132,17 +132,18 @@ TABLE: Schema = {
 _OWN_LOADER = "batches come from the project's own loader, which DeepSpeed does not drive"
 _DATA_PARALLEL = "the trainer is data-parallel (ZeRO) only"
 _SECOND = "checkpoints do not hold the state of a second optimizer"
+_PRECISION = "the trainer runs in bf16 on GPUs and in fp32 on CPUs"
 _REMOVED = "DeepSpeed has removed it"
 
 # Keys that DeepSpeed knows, or knew, and this trainer cannot honour.
 REFUSED = {
     "scheduler": "the trainer sets the learning rate itself; use the recipe's schedule",
-    "fp16": "the trainer runs in bf16 or fp32, chosen by the recipe",
+    "fp16": _PRECISION,
     "bfloat16": 'this is the old name; use "bf16"',
     "amp": _REMOVED + '; use "bf16"',
-    "torch_autocast": 'the precision is chosen by the recipe; use "bf16"',
-    "data_types.param_dtype": 'the precision is chosen by the recipe; use "bf16"',
-    "data_types.buffer_dtype": 'the precision is chosen by the recipe; use "bf16"',
+    "torch_autocast": _PRECISION,
+    "data_types.param_dtype": _PRECISION,
+    "data_types.buffer_dtype": _PRECISION,
     "gradient_allreduce_op": "gradients are averaged over ranks; the recipe's learning rate counts on it",
     "managed_gradient_accumulation": "accumulation is left to DeepSpeed's engine",
     "activation_checkpointing": "only models that call deepspeed.checkpointing use it, and ours do not",
