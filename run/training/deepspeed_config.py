@@ -412,19 +412,19 @@ def _dotted(path: tuple[str, ...], key: str) -> str:
 
 
 def _decided_by_recipe(values: RecipeValues) -> dict[str, tuple[str, Any]]:
-    """dotted key → (the recipe's name for it, its value)."""
+    """dotted key → (what decides it, its value)."""
     accumulation = check_batch(values.global_batch, values.micro_batch, values.world_size)
     params = "optimizer.params."
     return {
-        "train_batch_size": ("global_batch", values.global_batch),
-        "train_micro_batch_size_per_gpu": ("micro_batch", values.micro_batch),
-        "gradient_accumulation_steps": ("global_batch / (micro_batch × ranks)", accumulation),
-        "gradient_clipping": ("gradient_clipping", values.gradient_clipping),
-        "bf16.enabled": ("bf16", values.bf16),
-        params + "lr": ("learning_rate", values.learning_rate),
-        params + "betas": ("betas", list(values.betas)),
-        params + "eps": ("eps", values.eps),
-        params + "weight_decay": ("weight_decay", values.weight_decay),
+        "train_batch_size": ("the recipe's global_batch", values.global_batch),
+        "train_micro_batch_size_per_gpu": ("the recipe's micro_batch", values.micro_batch),
+        "gradient_accumulation_steps": ("the recipe's global_batch / (micro_batch × ranks)", accumulation),
+        "gradient_clipping": ("the recipe's gradient_clipping", values.gradient_clipping),
+        "bf16.enabled": ("bf16 on this device", values.bf16),
+        params + "lr": ("the recipe's learning_rate", values.learning_rate),
+        params + "betas": ("the recipe's betas", list(values.betas)),
+        params + "eps": ("the trainer's eps", values.eps),
+        params + "weight_decay": ("the recipe's weight_decay", values.weight_decay),
     }
 
 
@@ -438,10 +438,8 @@ def _fill(config: dict[str, Any], decided: dict[str, tuple[str, Any]], width: in
         if given == "auto":
             section[key] = value
         elif not _same(given, value):
-            raise DeepSpeedConfigError(
-                f"{dotted} is {json.dumps(given)}, but the recipe's {name} is {json.dumps(value)}; "
-                'write "auto" here, or change the recipe'
-            )
+            mend = 'write "auto" here' + ", or change the recipe" * name.startswith("the recipe's")
+            raise DeepSpeedConfigError(f"{dotted} is {json.dumps(given)}, but {name} is {json.dumps(value)}; {mend}")
     _fill_buckets(config.get("zero_optimization", {}), width)
     _refuse_auto(config, ())
     return config

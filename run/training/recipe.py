@@ -1,7 +1,6 @@
 """The recipe: what a pre-training run is made of, from YAML and the command line. No torch in here."""
 
 import dataclasses
-import itertools
 import json
 import operator
 import sys
@@ -225,14 +224,13 @@ def read_recipe(
         RunError: an unknown flag or recipe key, a value of the wrong type, a missing recipe.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    recipe_file = _recipe_file(arguments)
-    if recipe_file is None:
-        recipe_file = default
-        arguments = ["--config", str(recipe_file), *arguments]
+    recipes, others = _split(arguments)
+    recipe_file = Path(recipes[0]) if recipes else default
     if not recipe_file.is_file():
         shipped = ", ".join(sorted(path.name for path in default.parent.glob("*.yaml")))
         raise RunError(f"--config {recipe_file}: no such file; {default.parent.name}/ holds {shipped}")
-    parsed = parser.parse_args(arguments)
+    named_first = [f"--config={path}" for path in recipes or [default]]
+    parsed = parser.parse_args([*named_first, *others])
     fields = dataclasses.fields(recipe)
     for one in fields:
         if parsed[one.name] is None and dataclasses.is_dataclass(one.type):
@@ -242,13 +240,17 @@ def read_recipe(
     return made, parsed, Path(parsed.output or Path("runs") / recipe_file.stem)
 
 
-def _recipe_file(arguments: list[str]) -> Path | None:
-    for argument, following in itertools.pairwise([*arguments, ""]):
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Recipes, and all else: a flag changes what a recipe says wherever it stands, as users expect."""
+    recipes, others, rest = [], [], iter(arguments)
+    for argument in rest:
         if argument == "--config":
-            return Path(following)
-        if argument.startswith("--config="):
-            return Path(argument.partition("=")[2])
-    return None
+            recipes.append(next(rest, ""))
+        elif argument.startswith("--config="):
+            recipes.append(argument.partition("=")[2])
+        else:
+            others.append(argument)
+    return recipes, others
 
 
 def count_steps(trainer: TrainerConfig, samples: int) -> int:

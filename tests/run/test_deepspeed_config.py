@@ -141,15 +141,15 @@ def test_auto_without_a_value_is_refused(load, dotted):
 @pytest.mark.parametrize(
     ("dotted", "agrees", "contradicts", "name"),
     [
-        ("train_batch_size", 256, 128, "global_batch"),
-        ("train_micro_batch_size_per_gpu", 8, 16, "micro_batch"),
-        ("gradient_accumulation_steps", 8, 1, "global_batch / "),
-        ("gradient_clipping", 1, 0.5, "gradient_clipping"),
-        ("bf16.enabled", True, False, "bf16"),
-        ("optimizer.params.lr", 0.00015, 1e-3, "learning_rate"),
-        ("optimizer.params.betas", [0.9, 0.95], [0.9, 0.999], "betas"),
-        ("optimizer.params.eps", 1e-8, 1e-6, "eps"),
-        ("optimizer.params.weight_decay", 0.05, 0.01, "weight_decay"),
+        ("train_batch_size", 256, 128, "the recipe's global_batch"),
+        ("train_micro_batch_size_per_gpu", 8, 16, "the recipe's micro_batch"),
+        ("gradient_accumulation_steps", 8, 1, "the recipe's global_batch / (micro_batch × ranks)"),
+        ("gradient_clipping", 1, 0.5, "the recipe's gradient_clipping"),
+        ("bf16.enabled", True, False, "bf16 on this device"),
+        ("optimizer.params.lr", 0.00015, 1e-3, "the recipe's learning_rate"),
+        ("optimizer.params.betas", [0.9, 0.95], [0.9, 0.999], "the recipe's betas"),
+        ("optimizer.params.eps", 1e-8, 1e-6, "the trainer's eps"),
+        ("optimizer.params.weight_decay", 0.05, 0.01, "the recipe's weight_decay"),
     ],
 )
 def test_a_concrete_value_must_agree_with_the_recipe(load, dotted, agrees, contradicts, name):
@@ -157,7 +157,7 @@ def test_a_concrete_value_must_agree_with_the_recipe(load, dotted, agrees, contr
     with pytest.raises(DeepSpeedConfigError) as caught:
         load(with_key(dotted, contradicts))
     message = str(caught.value)
-    assert f"{dotted} is {json.dumps(contradicts)}" in message and f"recipe's {name}" in message
+    assert f"{dotted} is {json.dumps(contradicts)}, but {name} is" in message
 
 
 # -- refusing ---------------------------------------------------------------------------------------------

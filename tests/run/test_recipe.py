@@ -54,6 +54,15 @@ def test_the_command_line_overrides_the_recipe():
     assert command.recipe.model.visible == 32
 
 
+@pytest.mark.parametrize("config", [["--config", "{}"], ["--config={}"]])
+def test_a_flag_overrides_the_recipe_wherever_it_stands(tmp_path, config):
+    (tmp_path / "mine.yaml").write_text("model: {preset: base}\ndata: {shards: theirs}\ntrainer: {max_steps: 3}\n")
+    config = [part.format(tmp_path / "mine.yaml") for part in config]
+    command = parse_command([*DEEPSPEED, "--data.shards", "mine", *config, "--trainer.max_steps", "7"])
+    assert (command.recipe.data.shards, command.recipe.trainer.max_steps) == ("mine", 7)
+    assert command.output.name == "mine"
+
+
 def test_the_learning_rate_scales_with_the_global_batch():
     sizes = ["--trainer.global_batch", "1024", "--trainer.base_learning_rate", "1e-4"]
     assert parse_command([*DEEPSPEED, *sizes]).recipe.trainer.learning_rate == pytest.approx(4e-4)
