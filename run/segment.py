@@ -104,7 +104,7 @@ def build_model(recipe: SegmentRecipe, begun: bool, console: Console) -> Segment
     """The model; unless the run has `begun`, its encoder with the weights to begin with. The same on all ranks."""
     of, sizes = recipe.model, recipe.model.encoder
     encoder = initial_encoder(sizes, None if begun else recipe.init, recipe.seed, console.warn)
-    return Segmenter(encoder, sizes, of.pretrained, of.classes, of.channels, of.drop_path, recipe.seed)
+    return Segmenter(encoder, sizes, of.classes, of.channels, of.drop_path, recipe.seed)
 
 
 def spread_over_ranks(model: Segmenter) -> nn.Module:

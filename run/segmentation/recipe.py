@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mug.model.presets import ModelConfig, resolve
 from mug.run.finetuning.recipe import EncoderConfig
 from mug.run.training.command_line import Parser
 from mug.run.training.errors import RunError
@@ -18,20 +17,13 @@ class SegmenterConfig(EncoderConfig):
 
     Args:
         image_size: side of the square that the model sees, in pixels.
-        pretrained_size: side of the images of pre-training, in pixels (the preset's).
         classes: number of classes.
         channels: UperNet's.
     """
 
     image_size: int = 512
-    pretrained_size: int | None = None
     classes: int = 150
     channels: int = 768
-
-    @property
-    def pretrained(self) -> int:
-        """Side of the images of pre-training, in pixels."""
-        return self.pretrained_size or resolve(ModelConfig(self.preset)).image_size
 
 
 @dataclass(frozen=True)

@@ -35,13 +35,7 @@ PLAIN = SceneConfig(flip=False, distort=False, scale=(1.0, 1.0), category_share=
 def test_the_ade20k_recipe_is_mmsegmentations():
     recipe = parse_command(["--config", str(ROOT / ADE20K)]).recipe
     model, trainer, data = recipe.model, recipe.trainer, recipe.data
-    assert (model.image_size, model.pretrained, model.classes, model.channels, model.drop_path) == (
-        512,
-        224,
-        150,
-        768,
-        0.1,
-    )
+    assert (model.image_size, model.classes, model.channels, model.drop_path) == (512, 150, 768, 0.1)
     assert (model.encoder.width, model.encoder.depth, model.encoder.patch_size) == (768, 12, 16)
     assert (trainer.learning_rate, trainer.layer_decay, trainer.weight_decay) == (1e-4, 0.65, 0.05)
     assert (trainer.global_batch, trainer.max_steps, tuple(trainer.betas)) == (16, 160_000, (0.9, 0.999))
