@@ -5,14 +5,17 @@ Dimension letters: B batch, N images, D width, S image side.
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from mug.data.ledger import Replaced
+from mug.data.loader import load
 from mug.model.encoder import Encoder
 from mug.model.presets import ModelConfig
 from mug.model.vit import init_weights
@@ -64,15 +67,17 @@ def random_encoder(config: ModelConfig, seed: int) -> Encoder:
         return Encoder(config).apply(init_weights).eval()
 
 
+@dataclass(frozen=True)
 class _Views:
-    def __init__(self, source: Source, size: int):
-        self.source, self.size = source, size
+    """What mug.data.loader reads batches of: here a position is an image's number."""
 
-    def __len__(self) -> int:
-        return len(self.source)
+    source: Source
+    size: int
 
-    def __getitem__(self, number: int) -> Tensor:
-        return torch.from_numpy(self.source.view(number, self.size))
+    def batch(self, positions: Sequence[int]) -> tuple[dict[str, Tensor], list[Replaced]]:
+        """`image` uint8 [B, 3, S, S]; none stands in for another."""
+        views = [self.source.view(number, self.size) for number in positions]
+        return {"image": torch.from_numpy(np.stack(views))}, []
 
 
 @torch.inference_mode()
@@ -85,8 +90,9 @@ def extract(network: nn.Module, source: Source, batch: int, workers: int, device
     """
     network = network.to(device).eval()
     parts: dict[str, list[Tensor]] = {}
-    for image_B3SS in DataLoader(_Views(source, network.size), batch_size=batch, num_workers=workers):
-        for name, value in network(image_B3SS.to(device, non_blocking=True)).items():
+    batches = [range(i, min(i + batch, len(source))) for i in range(0, len(source), batch)]
+    for loaded, _ in load(_Views(source, network.size), batches, workers):
+        for name, value in network(loaded["image"].to(device, non_blocking=True)).items():
             parts.setdefault(name, []).append(value.float().cpu())
     features = {name: torch.cat(values) for name, values in parts.items()}
     for name, value in features.items():
