@@ -3,14 +3,16 @@
 Dimension letters: B batch, N images, D width, S image side.
 """
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -40,8 +42,8 @@ class EncoderFeatures(nn.Module):
         return {"class token": tokens_BLD[:, 0], "mean of patches": tokens_BLD[:, 1:].mean(1)}
 
     def key(self) -> str:
-        """SHA-256 of the weights."""
-        digest = hashlib.sha256()
+        """SHA-256 of the weights, and of the number of heads, which no weight's shape tells."""
+        digest = hashlib.sha256(f"{self.encoder.blocks[0].attn.num_heads} heads".encode())
         for name, value in sorted(self.encoder.state_dict().items()):
             digest.update(f"{name} {tuple(value.shape)}".encode())
             digest.update(value.float().cpu().contiguous().numpy().tobytes())
@@ -106,20 +108,35 @@ def extract(network: nn.Module, source: Source, batch: int, workers: int, device
 
 
 def cached_features(folder: Path, key: str, make: Callable[[], Features]) -> Features:
-    """What `make` gives, from `folder` if it was made before.
+    """What `make` gives, from `folder` if it was made before and is whole.
 
     Args:
         key: names encoder, images and view.
+
+    Raises:
+        RunError: the folder cannot be written; said before anything is made, which may take hours.
     """
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
     if path.is_file():
-        return load_file(path)
-    features = make()
-    try:
+        with contextlib.suppress(SafetensorError):
+            return load_file(path)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    with _keeping_in(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file(features, partial, {"key": key})
-        partial.rename(path)
-    except OSError as error:
-        raise RunError(f"features cannot be kept in {folder} ({error}): name another --cache") from None
+        partial.touch()
+    try:
+        features = make()
+        with _keeping_in(folder):
+            save_file(features, partial, {"key": key})
+            partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return features
+
+
+@contextlib.contextmanager
+def _keeping_in(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"features cannot be kept in {folder} ({error}): name another --cache") from None
