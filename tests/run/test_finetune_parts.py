@@ -93,6 +93,13 @@ def test_without_mixing_images_pass_unchanged():
     assert target.tolist() == [[0, 0, 1], [1, 0, 0]]
 
 
+def test_without_mixing_a_batch_may_be_odd_and_targets_are_smoothed():
+    smoothed = dataclasses.replace(PLAIN, label_smoothing=0.3)
+    image, target = Augment(smoothed, 16, 3).batch(views(3), [2, 0, 1], draw=1)
+    assert np.array_equal(image.numpy(), np.stack(views(3)))
+    torch.testing.assert_close(target, torch.tensor([[0.1, 0.1, 0.8], [0.8, 0.1, 0.1], [0.1, 0.8, 0.1]]))
+
+
 def test_an_augmented_view_depends_on_its_draw_alone_and_moves_no_other_randomness():
     augment, view = Augment(AugmentConfig(), 16, 3), views(1)[0]
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
