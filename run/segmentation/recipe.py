@@ -155,6 +155,8 @@ def parse_command(arguments: list[str] | None = None) -> SegmentCommand:
     scale = recipe.data.scale
     if not 0 < scale[0] <= scale[1]:
         raise RunError(f"data.scale is {scale}; give 0 < least <= greatest")
+    if recipe.model.drop_path >= 1:
+        raise RunError(f"model.drop_path must be less than 1, not {recipe.model.drop_path}")
     if recipe.model.classes > 255:
         raise RunError(f"model.classes is {recipe.model.classes}; labels are bytes, and 255 does not count")
     if set(recipe.loss_weights) != {"segments", "auxiliary"}:

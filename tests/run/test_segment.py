@@ -231,6 +231,7 @@ def test_a_killed_run_goes_on_with_the_same_figures_to_the_digit(tmp_path):
         (["--trainer.global_batch", "5"], "global batch 5"),
         (["--trainer.layer_decay", "0"], "trainer.layer_decay"),
         (["--trainer.layer_deca", "1"], "layer_deca"),
+        (["--model.drop_path", "1"], "model.drop_path must be less than 1"),
         (["--init", "nowhere"], "init nowhere"),
         (["--model.depth", "3"], "model.depth 3"),
         (["--data.folder", "nowhere"], "nowhere/images/training"),
