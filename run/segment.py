@@ -113,7 +113,7 @@ def spread_over_ranks(model: Segmenter) -> nn.Module:
         return model
     if torch.cuda.is_available():
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return nn.parallel.DistributedDataParallel(model)
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)  # or rank 0's statistics would win
 
 
 # --- Loop -------------------------------------------------------------------------------------------------

@@ -223,6 +223,32 @@ def test_a_killed_run_goes_on_with_the_same_figures_to_the_digit(tmp_path):
     assert other.returncode == 2 and "segmenter channels is 8 there, 16 here" in other.stderr
 
 
+STATISTICS = """
+import torch
+import torch.distributed as dist
+from mug.run.segment import same_statistics, spread_over_ranks
+dist.init_process_group("gloo")
+model = torch.nn.BatchNorm1d(1, momentum=0.5)
+spread = spread_over_ranks(model)
+for _ in range(2):
+    spread(torch.tensor([[0.0], [2.0]]) + 2 * dist.get_rank()).sum().backward()
+same_statistics(model)
+if dist.get_rank() == 0:
+    print(model.running_mean.item())
+"""
+
+
+@pytest.mark.slow
+def test_every_ranks_images_count_in_the_statistics(tmp_path):
+    """Means of 1 and 3, of which half is taken in twice: 0.75 and 2.25 on the two ranks, so 1.5."""
+    (tmp_path / "two_ranks.py").write_text(STATISTICS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    blind = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launcher, tmp_path / "two_ranks.py"], env=blind, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1.5"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "names"),
