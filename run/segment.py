@@ -30,7 +30,7 @@ from mug.run.segmentation.scoring import score
 from mug.run.segmentation.state import read_state, write_state
 from mug.run.training import checkpoint, hardware
 from mug.run.training.console import Console, run_command
-from mug.run.training.errors import Diverged
+from mug.run.training.errors import Diverged, RunError
 from mug.run.training.losses import Means, shares, total_loss
 from mug.run.training.metrics import Meter, MetricsWriter, open_metrics
 from mug.run.training.output import check_writable, lock
@@ -51,6 +51,10 @@ def main(console: Console) -> None:
     hardware.use_cores()
     hardware.use_device()
     check_writable(command.output)
+    if trainer.micro_batch * (world if torch.cuda.is_available() else 1) < 2:  # see spread_over_ranks
+        raise RunError(
+            "trainer.micro_batch is 1: batch norm after pooling to one pixel wants two images; give 2 or more"
+        )
 
     # --- Data ---
     share = Share(trainer.global_batch, trainer.micro_batch, rank, world)

@@ -257,6 +257,7 @@ def test_every_ranks_images_count_in_the_statistics(tmp_path):
         (["--trainer.global_batch", "5"], "global batch 5"),
         (["--trainer.layer_decay", "0"], "trainer.layer_decay"),
         (["--trainer.layer_deca", "1"], "layer_deca"),
+        (["--trainer.micro_batch", "1"], "trainer.micro_batch is 1"),
         (["--model.drop_path", "1"], "model.drop_path must be less than 1"),
         (["--init", "nowhere"], "init nowhere"),
         (["--model.depth", "3"], "model.depth 3"),
