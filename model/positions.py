@@ -1,7 +1,10 @@
-"""Fixed sine-cosine positions (MAE, arXiv 2111.06377, appendix A.1). Recomputed, never stored."""
+"""Fixed sine-cosine positions (MAE, arXiv 2111.06377, appendix A.1), recomputed, never stored; tables for other grids.
+
+Dimension letters: N patches, D width, g patches along a side.
+"""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def sincos_1d(width: int, place_N: Tensor) -> Tensor:
@@ -16,3 +19,13 @@ def sincos_2d(width: int, grid: int) -> Tensor:
     row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     halves = [sincos_1d(width // 2, axis.flatten()) for axis in (column, row)]
     return torch.cat(halves, dim=1).float()
+
+
+def stretched(positions_ND: Tensor, grid: int) -> Tensor:
+    """[grid², D]: positions of a square image, interpolated (bicubic) to another grid, as MAE's fine-tuning does."""
+    own = round(len(positions_ND) ** 0.5)
+    if own == grid:
+        return positions_ND
+    table_1Dgg = positions_ND.T.unflatten(1, (own, own))[None]
+    stretched_1Dgg = nn.functional.interpolate(table_1Dgg, size=(grid, grid), mode="bicubic")
+    return stretched_1Dgg.flatten(2)[0].T

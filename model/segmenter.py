@@ -3,12 +3,10 @@
 Dimension letters: B batch, D width, C classes, g patches along a side, L tokens.
 """
 
-import torch
 from torch import Tensor, nn
 
 from mug.model.classifier import choose_paths, take_over
 from mug.model.encoder import Encoder
-from mug.model.positions import sincos_2d
 from mug.model.presets import ModelConfig, ModelConfigError
 from mug.model.random_choices import DROP_CHANNEL, random_bits
 
@@ -66,7 +64,6 @@ class Segmenter(nn.Module):
 
     Args:
         config: the encoder's sizes, resolved, for images of S pixels.
-        pretrained_size: side of the images that the encoder was pre-trained on: its positions are stretched.
         channels: UperNet's.
         drop_path: rate of the last block; it rises linearly from 0 at the first.
         seed: fixes, with a sample's position, which branches and channels are left out.
@@ -81,7 +78,6 @@ class Segmenter(nn.Module):
         self,
         encoder: Encoder,
         config: ModelConfig,
-        pretrained_size: int,
         classes: int,
         channels: int,
         drop_path: float,
@@ -93,10 +89,6 @@ class Segmenter(nn.Module):
         self.config, self.classes, self.seed = config, classes, seed
         self.encoder = encoder
         self.drops = take_over(encoder, drop_path)
-        with torch.no_grad():
-            encoder.positions_ND.copy_(
-                stretched_positions(config.width, pretrained_size // config.patch_size, config.grid)
-            )
         encoder.norm = nn.Identity()
         self.taps = [config.depth * (i + 1) // SCALES for i in range(SCALES)]  # blocks that have run by then
         self.pyramid = FeaturePyramid(config.width)
@@ -167,13 +159,3 @@ def _heads(width: int, classes: int, channels: int) -> tuple[nn.Module, nn.Modul
         nn.init.zeros_(head.classifier.bias)
         head.classifier = nn.Sequential(ChannelDropout(head.classifier.in_channels), head.classifier)
     return heads
-
-
-def stretched_positions(width: int, pretrained_grid: int, grid: int) -> Tensor:
-    """fp32 [grid², D]: the positions of pre-training, interpolated (bicubic) to another grid."""
-    table_ND = sincos_2d(width, pretrained_grid)
-    if pretrained_grid == grid:
-        return table_ND
-    table_1Dgg = table_ND.T.unflatten(1, (pretrained_grid, pretrained_grid))[None]
-    stretched_1Dgg = nn.functional.interpolate(table_1Dgg.float(), size=(grid, grid), mode="bicubic")
-    return stretched_1Dgg.flatten(2)[0].T

@@ -31,6 +31,7 @@ from mug.run.training.checkpoint import Checkpoint
 from mug.run.training.command_line import Parser
 from mug.run.training.console import Console, run_command
 from mug.run.training.errors import RunError
+from mug.run.training.output import check_writable
 from mug.run.training.packages import load_package
 from mug.run.training.restore import restore
 
@@ -44,6 +45,7 @@ def main(console: Console) -> None:
     model, tokenizer, found = restore(Path(options.checkpoint), console.warn)
     if model.config.captioning != "autoregressive":
         raise RunError(f"{found.folder} fills in masked words (model.captioning) and cannot write captions")
+    check_writable(found.folder.resolve().parent, "the run's folder")
     config, shards = held_out(options, found)
     pairs = read_pairs(shards, config, model.config.image_size, options.limit)
     rows = []
@@ -106,17 +108,17 @@ def write(model: MUG, tokenizer: Tokenizer, batch: list[Pair], beams: int) -> li
 
 
 def report(rows: list[dict], options: Namespace, found: Checkpoint, console: Console) -> None:
-    """Say the figures, and leave them and the captions in the run's folder."""
-    figures = score([row["written"] for row in rows], [row["true"] for row in rows], console.warn)
+    """Say the figures, and leave them and the captions in the run's folder: these first, for METEOR may fail."""
     run = found.folder.resolve().parent
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    (run / CAPTIONS).write_text("".join(lines), encoding="utf-8")
+    figures = score([row["written"] for row in rows], [row["true"] for row in rows], console.warn)
     names = {
         "method": f"captions, {options.beams} beams",
         "encoder": f"{run.name}, step {found.step}",
         "data": options.shards or "held-out pairs",
     }
     add_result(run, {**names, "images": len(rows), **figures})
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    (run / CAPTIONS).write_text("".join(lines), encoding="utf-8")
     for name, value in figures.items():
         console.say(f"{name:26} {value:8.3f}")
     console.say(f"{run / CAPTIONS}: {len(rows):,} captions")

@@ -227,7 +227,7 @@ def run_side_by_side(chains: list[list[Part]], folder: Path, console: Console) -
             for part in chain:
                 if not stop.is_set():
                     run_part(part, folder, console)
-        except RunError:
+        except BaseException:  # a full disk, too
             stop.set()
             raise
 

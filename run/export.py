@@ -25,6 +25,7 @@ from mug.run.training.checkpoint import Checkpoint
 from mug.run.training.command_line import Parser
 from mug.run.training.console import Console, run_command
 from mug.run.training.errors import RunError
+from mug.run.training.output import check_writable
 from mug.run.training.packages import load_package
 from mug.run.training.restore import restore
 
@@ -34,14 +35,15 @@ TOLERANCE = 1e-4  # of the largest value, in fp32; of 1 if that is more
 def main(console: Console) -> None:
     options = parse()
     out = Path(options.out)
-    for name in options.format:
+    formats = list(dict.fromkeys(options.format))
+    for name in formats:
         check_target(out / name)
         for package in FORMATS[name].packages:
             load_package(package, EXTRA)
     console.say(f"reading {options.checkpoint}")
     model, _, found = restore(Path(options.checkpoint), console.warn)
     model = model.cpu().float()
-    for name in options.format:
+    for name in formats:
         difference = export(name, FORMATS[name], model, found, out / name)
         console.say(f"{out / name}: read back, largest difference from our encoder {difference:.1e}")
 
@@ -67,9 +69,7 @@ def check_target(folder: Path) -> None:
     """Raise RunError if an export would overwrite something."""
     if folder.exists():
         raise RunError(f"{folder} is there already; remove it, or name another --out")
-    existing = next(parent for parent in folder.parents if parent.exists())
-    if not existing.is_dir():
-        raise RunError(f"--out {folder.parent}: {existing} is no folder; name another")
+    check_writable(folder.parent, "--out")
 
 
 @torch.inference_mode()

@@ -17,12 +17,12 @@ from mug.data.crops import CentralSquare
 from mug.data.decode import decode_crop
 from mug.data.errors import DataError
 from mug.run.evaluation.pairs import held_out_openmoji, read_pairs
+from mug.run.evaluation.records import held_out_figures
 from mug.run.reporting.page import data_url, html_page
-from mug.run.training.checkpoint import Checkpoint
 from mug.run.training.command_line import Parser
 from mug.run.training.console import Console, run_command
 from mug.run.training.errors import RunError
-from mug.run.training.metrics import read_rows
+from mug.run.training.output import check_writable
 from mug.run.training.pictures import COLUMNS, Sample, draw_grid
 from mug.run.training.restore import restore
 from mug.run.training.samples import rows
@@ -33,8 +33,7 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 def main(console: Console) -> None:
     options = parse()
     out = Path(options.out)
-    if out.exists() and not out.is_dir():
-        raise RunError(f"--out {out} is a file; name a folder")
+    check_writable(out, "--out")
     console.say(f"reading {options.checkpoint}")
     model, tokenizer, found = restore(Path(options.checkpoint), console.warn)
     images, true = read_inputs(options, model.config.image_size)
@@ -43,7 +42,9 @@ def main(console: Console) -> None:
     samples = rows(model, tokenizer, image_BCHW, position_B, true, options.beams)
     out.mkdir(parents=True, exist_ok=True)
     draw_grid(samples, out / "generated.png")
-    facts = [f"{found.folder.parent.name}, step {found.step}", *held_out_figures(found)]
+    facts = [f"{found.folder.parent.name}, step {found.step}"]
+    if figures := held_out_figures(found):
+        facts.append("held out: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
     (out / "generated.html").write_text(page(samples, facts, model.config.normalize_patches), encoding="utf-8")
     for line in (*facts, f"{len(samples)} images", out / "generated.png", out / "generated.html"):
         console.say(str(line))
@@ -82,7 +83,7 @@ def read_inputs(options: Namespace, size: int) -> tuple[list[np.ndarray], list[s
         path = Path(name)
         if options.inputs and not path.is_file():
             raise RunError(f"{path}: no such file; name images or shards")
-        if path.suffix in IMAGES:
+        if path.suffix.lower() in IMAGES:
             pairs.append((read_image(path, size), ""))
         else:
             found = read_pairs(name, config, size, options.limit)
@@ -97,18 +98,6 @@ def read_image(path: Path, size: int) -> np.ndarray:
         return decode_crop(path.read_bytes(), size, CentralSquare())
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-
-
-def held_out_figures(found: Checkpoint) -> list[str]:
-    """What the run measured on held-out pairs at this checkpoint's step, as a line; empty if it did not."""
-    metrics = found.folder.parent / "metrics.jsonl"
-    if not metrics.is_file():
-        return []
-    return [
-        "held out: " + ", ".join(f"{name} {row[name]:.3f}" for name in row if name.startswith(("loss/", "accuracy/")))
-        for row in read_rows(metrics)
-        if row["kind"] == "eval" and row["step"] == found.step
-    ]
 
 
 def page(samples: list[Sample], facts: list[str], normalized: bool) -> str:

@@ -51,6 +51,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     check(options)
     if min(options.k) < 1:
         raise RunError(f"--k must be at least 1, not {min(options.k)}")
+    options.k = sorted(set(options.k))
     return options
 
 

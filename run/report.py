@@ -19,7 +19,7 @@ from mug.run.reporting.page import html_page
 from mug.run.reporting.runs import open_runs
 from mug.run.training.command_line import Parser
 from mug.run.training.console import Console, run_command
-from mug.run.training.errors import RunError
+from mug.run.training.output import check_writable_file
 
 
 def main(console: Console) -> None:
@@ -41,9 +41,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     parser.add_argument("runs", type=str, nargs="+", help="folders of runs")
     parser.add_argument("--out", type=str, default="report.html", help="the page")
     options = parser.parse_args(arguments)
-    out = Path(options.out)
-    if out.is_dir() or not out.resolve().parent.is_dir():
-        raise RunError(f"--out {out}: name a file in a folder that exists")
+    check_writable_file(Path(options.out), "--out")
     return options
 
 

@@ -30,7 +30,7 @@ from mug.run.segmentation.scoring import score
 from mug.run.segmentation.state import read_state, write_state
 from mug.run.training import checkpoint, hardware
 from mug.run.training.console import Console, run_command
-from mug.run.training.errors import Diverged
+from mug.run.training.errors import Diverged, RunError
 from mug.run.training.losses import Means, shares, total_loss
 from mug.run.training.metrics import Meter, MetricsWriter, open_metrics
 from mug.run.training.output import check_writable, lock
@@ -51,6 +51,10 @@ def main(console: Console) -> None:
     hardware.use_cores()
     hardware.use_device()
     check_writable(command.output)
+    if trainer.micro_batch * (world if torch.cuda.is_available() else 1) < 2:  # see spread_over_ranks
+        raise RunError(
+            "trainer.micro_batch is 1: batch norm after pooling to one pixel wants two images; give 2 or more"
+        )
 
     # --- Data ---
     share = Share(trainer.global_batch, trainer.micro_batch, rank, world)
@@ -104,7 +108,7 @@ def build_model(recipe: SegmentRecipe, begun: bool, console: Console) -> Segment
     """The model; unless the run has `begun`, its encoder with the weights to begin with. The same on all ranks."""
     of, sizes = recipe.model, recipe.model.encoder
     encoder = initial_encoder(sizes, None if begun else recipe.init, recipe.seed, console.warn)
-    return Segmenter(encoder, sizes, of.pretrained, of.classes, of.channels, of.drop_path, recipe.seed)
+    return Segmenter(encoder, sizes, of.classes, of.channels, of.drop_path, recipe.seed)
 
 
 def spread_over_ranks(model: Segmenter) -> nn.Module:
@@ -113,7 +117,7 @@ def spread_over_ranks(model: Segmenter) -> nn.Module:
         return model
     if torch.cuda.is_available():
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return nn.parallel.DistributedDataParallel(model)
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)  # or rank 0's statistics would win
 
 
 # --- Loop -------------------------------------------------------------------------------------------------

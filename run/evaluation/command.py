@@ -24,6 +24,7 @@ from mug.run.training import hardware
 from mug.run.training.command_line import Parser
 from mug.run.training.console import Console
 from mug.run.training.errors import RunError
+from mug.run.training.output import check_writable_file
 from mug.run.training.restore import restore
 
 ENCODERS = ("checkpoint", "random", "pixels")
@@ -55,8 +56,8 @@ def check(options: Namespace) -> None:
     for name, least in (("batch", 1), ("workers", 0)):
         if options[name] < least:
             raise RunError(f"--{name} must be at least {least}, not {options[name]}")
-    if options.json and not Path(options.json).resolve().parent.is_dir():
-        raise RunError(f"--json {options.json}: its folder does not exist")
+    if options.json:
+        check_writable_file(Path(options.json), "--json")
 
 
 @dataclasses.dataclass(frozen=True)

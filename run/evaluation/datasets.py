@@ -62,12 +62,13 @@ class Source:
         """The part `crop` as uint8 [3, size, size], bicubic, larger or smaller than the image; grey becomes RGB.
 
         Raises:
-            DataError: the image cannot be decoded; it is named.
+            DataError: the image cannot be read or decoded; it is named.
         """
         try:
             return decode_crop(self.images.read(number), size, crop, mode)
-        except BadSample as error:
-            raise DataError(f"{self.images.name(number)}: {error}; mend it or take it out") from error
+        except (BadSample, OSError) as error:
+            why = error.strerror or error if isinstance(error, OSError) else error
+            raise DataError(f"{self.images.name(number)}: {why}; mend it or take it out") from error
 
     def select(self, numbers: list[int]) -> "Source":
         """The images of these numbers alone."""
@@ -146,7 +147,7 @@ def open_folder(folder: Path) -> Source:
     """FOLDER/CLASS/**/IMAGE; what is no PNG, JPEG or WebP by its name is left out.
 
     Raises:
-        RunError: a class without an image, or no class.
+        RunError: a class without an image, no class, or a link that leads nowhere.
     """
     paths, labels = [], []
     for inside in sorted(path for path in folder.iterdir() if path.is_dir()):
@@ -157,9 +158,13 @@ def open_folder(folder: Path) -> Source:
         labels += [inside.name] * len(found)
     if not paths:
         raise RunError(f"{folder} holds no class folders; give a folder per class, with the images in it")
-    stats = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    try:
+        stats = [(str(path.relative_to(folder)), path.stat()) for path in paths]
+    except OSError as error:
+        raise RunError(f"{error.filename}: {error.strerror}; mend it or take it out") from None
+    stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     digest = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
-    return Source(Files(paths), labels, digest)
+    return Source(Files([str(path) for path in paths]), labels, digest)
 
 
 def open_shards(patterns: str, label: str, cache: str | None) -> Source:
@@ -247,13 +252,13 @@ def open_fashion_mnist(folder: Path, split: str) -> Source:
 class Files:
     """A file each."""
 
-    paths: list[Path]
+    paths: list[str]  # every worker gets a copy: a million Paths would take it ten seconds
 
     def read(self, number: int) -> bytes:
-        return self.paths[number].read_bytes()
+        return Path(self.paths[number]).read_bytes()
 
     def name(self, number: int) -> str:
-        return str(self.paths[number])
+        return self.paths[number]
 
 
 @dataclass(frozen=True)

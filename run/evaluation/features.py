@@ -3,16 +3,21 @@
 Dimension letters: B batch, N images, D width, S image side.
 """
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from mug.data.ledger import Replaced
+from mug.data.loader import load
 from mug.model.encoder import Encoder
 from mug.model.presets import ModelConfig
 from mug.model.vit import init_weights
@@ -37,8 +42,8 @@ class EncoderFeatures(nn.Module):
         return {"class token": tokens_BLD[:, 0], "mean of patches": tokens_BLD[:, 1:].mean(1)}
 
     def key(self) -> str:
-        """SHA-256 of the weights."""
-        digest = hashlib.sha256()
+        """SHA-256 of the weights, and of the number of heads, which no weight's shape tells."""
+        digest = hashlib.sha256(f"{self.encoder.blocks[0].attn.num_heads} heads".encode())
         for name, value in sorted(self.encoder.state_dict().items()):
             digest.update(f"{name} {tuple(value.shape)}".encode())
             digest.update(value.float().cpu().contiguous().numpy().tobytes())
@@ -64,15 +69,17 @@ def random_encoder(config: ModelConfig, seed: int) -> Encoder:
         return Encoder(config).apply(init_weights).eval()
 
 
+@dataclass(frozen=True)
 class _Views:
-    def __init__(self, source: Source, size: int):
-        self.source, self.size = source, size
+    """What mug.data.loader reads batches of: here a position is an image's number."""
 
-    def __len__(self) -> int:
-        return len(self.source)
+    source: Source
+    size: int
 
-    def __getitem__(self, number: int) -> Tensor:
-        return torch.from_numpy(self.source.view(number, self.size))
+    def batch(self, positions: Sequence[int]) -> tuple[dict[str, Tensor], list[Replaced]]:
+        """`image` uint8 [B, 3, S, S]; none stands in for another."""
+        views = [self.source.view(number, self.size) for number in positions]
+        return {"image": torch.from_numpy(np.stack(views))}, []
 
 
 @torch.inference_mode()
@@ -85,8 +92,9 @@ def extract(network: nn.Module, source: Source, batch: int, workers: int, device
     """
     network = network.to(device).eval()
     parts: dict[str, list[Tensor]] = {}
-    for image_B3SS in DataLoader(_Views(source, network.size), batch_size=batch, num_workers=workers):
-        for name, value in network(image_B3SS.to(device, non_blocking=True)).items():
+    batches = [range(i, min(i + batch, len(source))) for i in range(0, len(source), batch)]
+    for loaded, _ in load(_Views(source, network.size), batches, workers):
+        for name, value in network(loaded["image"].to(device, non_blocking=True)).items():
             parts.setdefault(name, []).append(value.float().cpu())
     features = {name: torch.cat(values) for name, values in parts.items()}
     for name, value in features.items():
@@ -100,20 +108,35 @@ def extract(network: nn.Module, source: Source, batch: int, workers: int, device
 
 
 def cached_features(folder: Path, key: str, make: Callable[[], Features]) -> Features:
-    """What `make` gives, from `folder` if it was made before.
+    """What `make` gives, from `folder` if it was made before and is whole.
 
     Args:
         key: names encoder, images and view.
+
+    Raises:
+        RunError: the folder cannot be written; said before anything is made, which may take hours.
     """
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
     if path.is_file():
-        return load_file(path)
-    features = make()
-    try:
+        with contextlib.suppress(SafetensorError):
+            return load_file(path)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    with _keeping_in(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file(features, partial, {"key": key})
-        partial.rename(path)
-    except OSError as error:
-        raise RunError(f"features cannot be kept in {folder} ({error}): name another --cache") from None
+        partial.touch()
+    try:
+        features = make()
+        with _keeping_in(folder):
+            save_file(features, partial, {"key": key})
+            partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return features
+
+
+@contextlib.contextmanager
+def _keeping_in(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"features cannot be kept in {folder} ({error}): name another --cache") from None

@@ -56,7 +56,7 @@ def train_probe(features_ND: Tensor, labels_N: Tensor, classes: int, config: Pro
     groups = [{"params": [head.weight], "always_adapt": True}, {"params": [head.bias]}]
     batch = config.batch_for(len(features_ND))
     optimizer = Lars(groups, lr=config.learning_rate, momentum=0.9)
-    batches = math.ceil(len(features_ND) / batch)
+    batches = min(math.ceil(len(features_ND) / batch), len(features_ND) // 2)  # BatchNorm wants two of each
     for step in range(config.epochs * batches):
         if step % batches == 0:
             order_N = torch.randperm(len(features_ND), generator=generator).to(features_ND.device)

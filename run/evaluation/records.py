@@ -1,16 +1,26 @@
-"""Results of evaluations: a JSON line each, kept in the run's folder, where the report finds them.
+"""What a run measured while it trained, and results of evaluations: a JSON line each, in the run's folder.
 
-A line names the `method` and what it was measured on (`encoder`, `data`, `setting`); the rest are figures.
+A result's line names the `method` and what it was measured on (`encoder`, `data`, `setting`); the rest are figures.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
+from mug.run.training.checkpoint import Checkpoint
 from mug.run.training.metrics import read_rows
 
 RESULTS = "results.jsonl"
 NAMES = ("method", "encoder", "data", "feature", "setting")
+
+
+def held_out_figures(found: Checkpoint) -> dict[str, float]:
+    """What the run measured on held-out pairs at this checkpoint's step, where finite; empty if it did not."""
+    metrics = found.folder.parent / "metrics.jsonl"
+    rows = read_rows(metrics) if metrics.is_file() else []
+    mine = [row for row in rows if row["kind"] == "eval" and row["step"] == found.step]
+    figures = mine[-1].items() if mine else ()
+    return {name: value for name, value in figures if name.startswith(("loss/", "accuracy/")) and value is not None}
 
 
 def add_result(folder: Path, row: dict[str, Any]) -> None:

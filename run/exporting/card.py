@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
+from mug.run.evaluation.records import held_out_figures
 from mug.run.exporting.formats import Format
 from mug.run.training.checkpoint import Checkpoint
-from mug.run.training.metrics import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = "https://arxiv.org/abs/2301.07088"
@@ -26,14 +26,6 @@ def model_card(name: str, form: Format, config: Any, found: Checkpoint) -> str:
     }
     text = "\n\n".join(f"## {title}\n\n{body}" for title, body in sections.items())
     return f"---\n{_header(form, recipe)}---\n\n# {name}\n\n{_introduction(name, config, found)}\n\n{text}\n"
-
-
-def held_out_figures(found: Checkpoint) -> dict[str, float]:
-    """What the run measured on held-out pairs at this checkpoint's step; empty if it did not."""
-    metrics = found.folder.parent / "metrics.jsonl"
-    rows = read_rows(metrics) if metrics.is_file() else []
-    mine = [row for row in rows if row["kind"] == "eval" and row["step"] == found.step]
-    return {name: mine[-1][name] for name in mine[-1] if name.startswith(("loss/", "accuracy/"))} if mine else {}
 
 
 def _header(form: Format, recipe: dict[str, Any]) -> str:

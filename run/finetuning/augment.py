@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
-from timm.data.mixup import FastCollateMixup
+from timm.data.mixup import FastCollateMixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
@@ -43,10 +43,12 @@ class Augment:
     def __init__(self, config: AugmentConfig, size: int, classes: int):
         self.policy = _policy(config.rand_augment, size) if config.rand_augment else None
         self.erase = RandomErasing(config.erase, mode="pixel", device="cpu") if config.erase else None
-        self.mixer = FastCollateMixup(
-            config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes
-        )
-        self.mixer.mixup_enabled = bool(config.mixup or config.cutmix)
+        self.classes, self.smoothing = classes, config.label_smoothing
+        self.mixer = None
+        if config.mixup or config.cutmix:
+            self.mixer = FastCollateMixup(
+                config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes
+            )
 
     def view(self, view_CSS: np.ndarray, draw: int) -> np.ndarray:
         """Another uint8 [3, S, S], a function of the arguments alone."""
@@ -66,6 +68,9 @@ class Augment:
 
     def batch(self, views: list[np.ndarray], labels: list[int], draw: int) -> tuple[Tensor, Tensor]:
         """uint8 [B, 3, S, S] and fp32 targets [B, C]: each view mixed, or not, with the one as far from the end."""
+        if self.mixer is None:
+            target_BC = mixup_target(torch.tensor(labels), self.classes, smoothing=self.smoothing)
+            return torch.from_numpy(np.stack(views)), target_BC
         with seeded(draw):
             image_BCSS, target_BC = self.mixer(list(zip(views, labels, strict=True)))
         return image_BCSS, target_BC

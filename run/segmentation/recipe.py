@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mug.model.presets import ModelConfig, resolve
 from mug.run.finetuning.recipe import EncoderConfig
 from mug.run.training.command_line import Parser
 from mug.run.training.errors import RunError
@@ -18,20 +17,13 @@ class SegmenterConfig(EncoderConfig):
 
     Args:
         image_size: side of the square that the model sees, in pixels.
-        pretrained_size: side of the images of pre-training, in pixels (the preset's).
         classes: number of classes.
         channels: UperNet's.
     """
 
     image_size: int = 512
-    pretrained_size: int | None = None
     classes: int = 150
     channels: int = 768
-
-    @property
-    def pretrained(self) -> int:
-        """Side of the images of pre-training, in pixels."""
-        return self.pretrained_size or resolve(ModelConfig(self.preset)).image_size
 
 
 @dataclass(frozen=True)
@@ -163,6 +155,8 @@ def parse_command(arguments: list[str] | None = None) -> SegmentCommand:
     scale = recipe.data.scale
     if not 0 < scale[0] <= scale[1]:
         raise RunError(f"data.scale is {scale}; give 0 < least <= greatest")
+    if recipe.model.drop_path >= 1:
+        raise RunError(f"model.drop_path must be less than 1, not {recipe.model.drop_path}")
     if recipe.model.classes > 255:
         raise RunError(f"model.classes is {recipe.model.classes}; labels are bytes, and 255 does not count")
     if set(recipe.loss_weights) != {"segments", "auxiliary"}:

@@ -18,7 +18,8 @@ from mug.run.training import hardware
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, without one that a crash cut in mid-write."""
     rows = []
-    for line in path.read_text().splitlines():
+    # Lines end in \n alone: a caption in JSON may hold U+2028 or U+0085, which splitlines() takes for ends.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows

@@ -1,4 +1,4 @@
-"""The folder of a run: can it be written, and is it this run's alone?"""
+"""Where a command writes: can it, and is the folder of a run this run's alone?"""
 
 import contextlib
 import fcntl
@@ -9,14 +9,21 @@ from pathlib import Path
 from mug.run.training.errors import RunError
 
 
-def check_writable(output: Path) -> None:
-    """Raise RunError unless the run's folder can be made and written; what does not exist yet stays so."""
+def check_writable(output: Path, name: str = "--output") -> None:
+    """Raise RunError unless the folder that `name` says can be made and written; what does not exist yet stays so."""
     existing = output
     with contextlib.suppress(PermissionError):
         while not existing.exists():
             existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise RunError(f"--output {output}: {existing} is no folder that can be written; name another")
+        raise RunError(f"{name} {output}: {existing} is no folder that can be written; name another")
+
+
+def check_writable_file(path: Path, name: str) -> None:
+    """Raise RunError unless the file that `name` says can be written; its folder must be there."""
+    where = path if path.exists() else path.resolve().parent
+    if path.is_dir() or not where.exists() or not os.access(where, os.W_OK):
+        raise RunError(f"{name} {path}: name a file that can be written, in a folder that exists")
 
 
 def lock(output: Path) -> None:

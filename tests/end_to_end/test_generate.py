@@ -3,10 +3,13 @@
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from launch import ROOT, TOY, deepspeed, environment, pretrain
 from PIL import Image
+
+from mug.run.generate import read_inputs
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +66,10 @@ def test_a_mistake_is_one_line(run, tmp_path, arguments, names):
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1 and names in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cameras_ending_in_capitals_is_an_image(tmp_path):
+    Image.new("RGB", (90, 60), "red").save(tmp_path / "DSC1.JPG", "JPEG")
+    options = SimpleNamespace(inputs=[str(tmp_path / "DSC1.JPG")], cache=str(tmp_path), limit=4)
+    (image,), (caption,) = read_inputs(options, 16)
+    assert image.shape == (3, 16, 16) and (image[0] > 250).all() and caption == ""

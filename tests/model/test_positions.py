@@ -1,11 +1,12 @@
-"""Sine-cosine positions by formula, and that no checkpoint holds them."""
+"""Sine-cosine positions by formula, and stretched; that no checkpoint holds them."""
 
 import math
 
 import pytest
 import torch
+from timm.layers import resample_abs_pos_embed
 
-from mug.model.positions import sincos_2d
+from mug.model.positions import sincos_2d, stretched
 
 
 @pytest.mark.parametrize("width, grid", [(8, 3), (12, 5)])
@@ -28,3 +29,12 @@ def test_tables_are_buffers_that_the_state_dict_leaves_out(make_model):
     assert not [name for name, _ in model.named_parameters() if "positions" in name]
     for table in tables.values():
         assert torch.equal(table, sincos_2d(32, 4))
+
+
+def test_positions_are_stretched_as_timm_stretches_them():
+    table = sincos_2d(16, 14)
+    ours = stretched(table, 32)
+    theirs = resample_abs_pos_embed(table[None], [32, 32], [14, 14], num_prefix_tokens=0, antialias=False)[0]
+    torch.testing.assert_close(ours, theirs)
+    assert torch.equal(stretched(table, 14), table)
+    assert not torch.allclose(ours, sincos_2d(16, 32), atol=0.5)

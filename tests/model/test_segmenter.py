@@ -4,13 +4,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from timm.layers import resample_abs_pos_embed
 
 from mug.model import interchange
 from mug.model.encoder import Encoder
-from mug.model.positions import sincos_2d
 from mug.model.presets import ModelConfig, ModelConfigError, resolve
-from mug.model.segmenter import FeaturePyramid, Segmenter, stretched_positions
+from mug.model.segmenter import FeaturePyramid, Segmenter
 from mug.model.vit import init_weights
 from mug.run.finetuning.groups import layer_decay_groups
 
@@ -21,7 +19,7 @@ def make(depth: int = 8, drop_path: float = 0.0, classes: int = 5) -> Segmenter:
     config = resolve(ModelConfig(depth=depth, **SIZES))
     torch.manual_seed(0)
     encoder = Encoder(config).apply(init_weights)
-    return Segmenter(encoder, config, 32, classes, channels=8, drop_path=drop_path, seed=3)
+    return Segmenter(encoder, config, classes, channels=8, drop_path=drop_path, seed=3)
 
 
 def batch_of(model: Segmenter, B: int = 2) -> dict[str, torch.Tensor]:
@@ -96,15 +94,6 @@ def test_what_is_left_out_is_fixed_by_seed_and_position():
     assert first["auxiliary"] == again["auxiliary"] != other["auxiliary"]
     assert channels[1:].equal(dropout.keep_BD[:-1]), "position 1, wherever it stands in the batch"
     assert channels.double().mean() == pytest.approx(0.9, abs=0.01) and len(channels.unique(dim=0)) == 40
-
-
-def test_positions_are_stretched_as_timm_stretches_them():
-    table = sincos_2d(16, 14)
-    ours = stretched_positions(16, 14, 32)
-    theirs = resample_abs_pos_embed(table[None], [32, 32], [14, 14], num_prefix_tokens=0, antialias=False)[0]
-    torch.testing.assert_close(ours, theirs)
-    assert torch.equal(stretched_positions(16, 14, 14), table)
-    assert not torch.allclose(ours, sincos_2d(16, 32), atol=0.5)
 
 
 def test_layers_learn_at_the_rates_of_mmsegmentation():

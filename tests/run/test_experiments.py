@@ -1,6 +1,7 @@
 """The comparison of losses: its commands are ones that the scripts take, and its table holds what they found."""
 
 import dataclasses
+import errno
 import json
 import re
 
@@ -124,6 +125,20 @@ def test_after_a_failure_no_further_part_begins(tmp_path, script, monkeypatch):
     with pytest.raises(RunError, match="one ended with status 1"):
         run_side_by_side([[first, second], [third]], tmp_path, Silent())
     assert [path.name for path in (tmp_path / "logs").iterdir()] == ["one.log"]
+
+
+def test_a_full_disk_ends_the_other_chains_too(tmp_path, monkeypatch):
+    begun = []
+
+    def run_part(part: Part, *_) -> None:
+        begun.append(part.name)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(experiments, "at_once", lambda: 1)
+    monkeypatch.setattr(experiments, "run_part", run_part)
+    with pytest.raises(OSError, match="No space left"):
+        run_side_by_side([[Part("one", [])], [Part("two", [])]], tmp_path, Silent())
+    assert begun == ["one"]
 
 
 def test_time_counts_once_and_not_in_pauses():

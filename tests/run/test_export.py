@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from mug.data.decode import decode_crop
 from mug.model.mug import MUG
 from mug.model.presets import ModelConfig, Vocabulary, resolve
 from mug.run import export
+from mug.run.exporting.card import model_card
 from mug.run.exporting.formats import FORMATS, normalized
 from mug.run.training.checkpoint import Checkpoint
 from mug.run.training.errors import RunError
@@ -196,6 +198,22 @@ def test_the_card_says_where_the_weights_come_from(folders):
     assert "9.0" not in text and "7.0" not in text, "figures of another step or kind"
     assert re.search(r"commit `[0-9a-f]{40}`|commit unknown", text)
     assert "global_batch: 8" in text and "designed by OpenMoji" in text
+
+
+def test_a_figure_that_was_not_finite_is_left_out_of_the_card(tmp_path):
+    row = {"kind": "eval", "step": 20, "loss/total": None, "accuracy/caption": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    found = Checkpoint(tmp_path / "checkpoint-20", {"step": 20, "recipe": RECIPE, "data": {"fingerprint": "f1"}})
+    card = model_card("run", FORMATS["timm"], resolve(SIZES), found)
+    assert "| accuracy/caption | 0.5000 |" in card and "loss/total" not in card
+
+
+def test_a_format_that_is_named_twice_is_written_once(model, found, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["export.py", "run", "--format", "timm", "timm", "--out", str(tmp_path)])
+    monkeypatch.setattr(export, "restore", lambda *_: (model, None, found))
+    said = []
+    export.main(SimpleNamespace(say=said.append, warn=said.append))
+    assert len(said) == 2 and (tmp_path / "timm" / "model.safetensors").is_file()
 
 
 def test_the_licence_of_own_shards_is_left_to_their_owner(model, found, tmp_path):

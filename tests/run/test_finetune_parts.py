@@ -1,13 +1,17 @@
 """The parts of fine-tuning against timm's, and what their randomness depends on."""
 
+import argparse
+import dataclasses
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
 from timm.optim import param_groups_layer_decay
 
 from mug.data.order import Order
@@ -15,16 +19,20 @@ from mug.data.pairs import EvaluationView, TrainView
 from mug.model import interchange
 from mug.model.classifier import Classifier
 from mug.model.encoder import Encoder
+from mug.model.positions import sincos_2d, stretched
 from mug.model.presets import ModelConfig, resolve
+from mug.model.segmenter import Segmenter
 from mug.run.evaluation.datasets import open_folder
 from mug.run.finetuning.augment import Augment
 from mug.run.finetuning.groups import layer_decay_groups
 from mug.run.finetuning.images import LabelledImages
 from mug.run.finetuning.initial import SIZES, initial_encoder
 from mug.run.finetuning.recipe import AugmentConfig, parse_command
+from mug.run.training import checkpoint
 from mug.run.training.errors import RunError
 from mug.run.training.recipe import RECIPES
 from mug.run.training.recipe import parse_command as parse_pretraining
+from mug.run.training.sharded_state import Piece, write_pieces
 
 CONFIG = resolve(ModelConfig(image_size=16, patch_size=4, width=16, depth=3, heads=2))
 PLAIN = AugmentConfig(rand_augment=None, erase=0, mixup=0, cutmix=0, label_smoothing=0)
@@ -84,6 +92,13 @@ def test_without_mixing_images_pass_unchanged():
     image, target = Augment(PLAIN, 16, 3).batch(views(2), [2, 0], draw=1)
     assert np.array_equal(image.numpy(), np.stack(views(2)))
     assert target.tolist() == [[0, 0, 1], [1, 0, 0]]
+
+
+def test_without_mixing_a_batch_may_be_odd_and_targets_are_smoothed():
+    smoothed = dataclasses.replace(PLAIN, label_smoothing=0.3)
+    image, target = Augment(smoothed, 16, 3).batch(views(3), [2, 0, 1], draw=1)
+    assert np.array_equal(image.numpy(), np.stack(views(3)))
+    torch.testing.assert_close(target, torch.tensor([[0.1, 0.1, 0.8], [0.8, 0.1, 0.1], [0.1, 0.8, 0.1]]))
 
 
 def test_an_augmented_view_depends_on_its_draw_alone_and_moves_no_other_randomness():
@@ -188,15 +203,71 @@ def test_weights_of_a_real_timm_vit_are_taken_with_its_positions(tmp_path):
         assert torch.equal(model.encoder.positions_ND, vit.pos_embed[0, 1:]), "and are trained from there"
 
 
+LARGER = resolve(dataclasses.replace(CONFIG, image_size=32))
+
+
+def test_positions_of_a_files_smaller_images_are_stretched(tmp_path):
+    small, large = (dataclasses.replace(config, depth=4) for config in (CONFIG, LARGER))
+    given = interchange.to_timm(Encoder(small))
+    given["pos_embed"] = torch.randn(1, 17, 16)
+    save_file(given, tmp_path / "learned.safetensors")
+    encoder = initial_encoder(large, str(tmp_path / "learned.safetensors"), 0, pytest.fail)
+    expected = resample_abs_pos_embed(given["pos_embed"], [8, 8], [4, 4], num_prefix_tokens=1, antialias=False)
+    torch.testing.assert_close(encoder.positions_ND, expected[0, 1:])
+    torch.testing.assert_close(encoder.cls_token, given["cls_token"] + given["pos_embed"][:, :1])
+    assert torch.equal(encoder.blocks[2].mlp.fc2.weight, given["blocks.2.mlp.fc2.weight"])
+    model = Segmenter(encoder, large, 3, 8, 0.0, 0)
+    torch.testing.assert_close(model.encoder.positions_ND, expected[0, 1:])
+
+
+def saved(output: Path, model: torch.nn.Module, **described: dict) -> str:
+    """A checkpoint of the model, as one rank writes it."""
+    partial = checkpoint.open_partial(output, 1)
+    pieces = {Piece(name, 0): value.detach().flatten() for name, value in model.named_parameters()}
+    seal, _ = write_pieces(partial / "weight-0.safetensors", pieces)
+    manifest = {"model": {"config": dataclasses.asdict(CONFIG), **described}}
+    checkpoint.commit(output, 1, {"weight-0.safetensors": seal}, manifest, {}, keep=1)
+    return str(output)
+
+
+def test_positions_of_a_pretraining_run_are_stretched_too(tmp_path):
+    run = saved(tmp_path / "run", torch.nn.ModuleDict({"encoder": Encoder(CONFIG)}))
+    same = initial_encoder(CONFIG, run, 0, pytest.fail)
+    assert torch.equal(same.positions_ND, sincos_2d(16, 4))
+    larger = initial_encoder(LARGER, run, 0, pytest.fail)
+    torch.testing.assert_close(larger.positions_ND, stretched(sincos_2d(16, 4), 8))
+    assert torch.equal(larger.cls_token, same.cls_token)
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_a_finetuned_encoder_is_taken_with_its_trained_positions_and_norm(tmp_path, pool):
+    tuned = Classifier(Encoder(CONFIG), CONFIG, 5, pool, 0.1, seed=0).eval()
+    for parameter in tuned.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    run = saved(tmp_path / "run", tuned, classifier={"pool": pool, "names": []})
+    image = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    expected = tuned.norm(tuned.encoder(image))
+    encoder = initial_encoder(CONFIG, run, 1, pytest.fail)
+    torch.testing.assert_close(encoder(image), expected)
+    again = Classifier(encoder, CONFIG, 3, "mean", 0.0, 0)
+    assert torch.equal(again.encoder.positions_ND, tuned.encoder.positions_ND)
+    larger = initial_encoder(LARGER, run, 1, pytest.fail)
+    torch.testing.assert_close(larger.positions_ND, stretched(tuned.encoder.positions_ND.detach(), 8))
+
+
 def test_weights_that_do_not_fit_are_refused_in_one_line(tmp_path):
     wide = resolve(ModelConfig(image_size=16, patch_size=4, width=32, depth=3, heads=2))
     save_file(interchange.to_timm(Encoder(wide)), tmp_path / "wide.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"x" * 100)
     (tmp_path / "broken.pth").write_bytes(b"x" * 100)
+    (tmp_path / "empty.pth").touch()
+    torch.save({"model": {}, "args": argparse.Namespace()}, tmp_path / "objects.pth")
     cases = {
         "wide.safetensors": "are of another size: cls_token is (1, 1, 32), our encoder's is (1, 1, 16)",
         "broken.safetensors": "no weights that can be read",
         "broken.pth": "no weights that can be read",
+        "empty.pth": "no weights that can be read (it is empty)",
+        "objects.pth": "it is damaged, or holds more than tensors; save them alone",
         "nowhere": "no such file or folder",
         ".": "holds no checkpoint",
     }

@@ -66,7 +66,8 @@ MISTAKES = {
     "no neighbours": ([*BASIC, "--k", "0"], "--k must be at least 1"),
     "too many seeds": ([*BASIC, "--seeds", "11"], "--seeds must lie between 1 and 10"),
     "no batch": ([*BASIC, "--batch", "0"], "--batch must be at least 1"),
-    "folder of results": ([*BASIC, "--json", "nowhere/results.jsonl"], "nowhere/results.jsonl: its folder"),
+    "folder of results": ([*BASIC, "--json", "nowhere/results.jsonl"], "nowhere/results.jsonl: name a file"),
+    "a folder for results": ([*BASIC, "--json", "/proc"], "--json /proc: name a file"),
     "no data": (["run"], "data"),
     "unknown flag": ([*BASIC, "--neighbours", "3"], "--neighbours"),
 }
@@ -78,3 +79,7 @@ def test_a_mistake_on_the_command_line_is_named(case):
     with pytest.raises(RunError) as refused:
         knn.parse(arguments)
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_number_of_neighbours_that_is_named_twice_counts_once():
+    assert knn.parse([*BASIC, "--k", "20", "5", "20"]).k == [5, 20]

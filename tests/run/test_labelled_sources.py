@@ -19,7 +19,7 @@ from mug.data.errors import DataError
 from mug.model.encoder import Encoder
 from mug.model.presets import ModelConfig, resolve
 from mug.run.evaluation.datasets import Source, open_folder, open_splits
-from mug.run.evaluation.features import EncoderFeatures, extract
+from mug.run.evaluation.features import EncoderFeatures, PixelFeatures, cached_features, extract, random_encoder
 from mug.run.training.errors import RunError
 
 ROOT = Path(__file__).parents[2]
@@ -183,6 +183,67 @@ def test_damaged_and_missing_files_are_named(tmp_path):
     (tmp_path / "a" / "cat" / "1.png").write_bytes(png(PICTURES[0])[:60])
     with pytest.raises(DataError, match=r"a/cat/1.png: PNG damaged"):
         open_folder(tmp_path / "a").view(0, 12)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_one_line_from_a_worker_too(tmp_path, workers):
+    write_folder(tmp_path)
+    (tmp_path / "dog" / "broken.png").write_bytes(png(PICTURES[0])[:60])
+    with pytest.raises(DataError, match=r"dog/broken\.png: PNG damaged.*; mend it or take it out") as refused:
+        extract(PixelFeatures(), open_folder(tmp_path), 4, workers, "cpu")
+    assert "\n" not in str(refused.value)
+    (tmp_path / "dog" / "broken.png").unlink()
+    source = open_folder(tmp_path)
+    (tmp_path / "dog" / "deeper" / "4.png").unlink()
+    with pytest.raises(DataError, match=r"4\.png: No such file or directory; mend it or take it out"):
+        extract(PixelFeatures(), source, 4, workers, "cpu")
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "dog" / "link.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(RunError, match=r"dog/link\.png: No such file or directory; mend it or take it out"):
+        open_folder(tmp_path)
+
+
+def test_features_stand_in_the_order_of_the_images(tmp_path):
+    write_folder(tmp_path)
+    source = open_folder(tmp_path)
+    features = extract(PixelFeatures(), source, 4, 1, "cpu")["pixels"]
+    expected = np.stack([source.view(i, PixelFeatures.size) for i in range(6)])
+    assert np.array_equal((features * 255).round().numpy(), expected.reshape(6, -1))
+
+
+def test_features_are_made_once_and_anew_where_their_file_is_damaged(tmp_path):
+    made = []
+
+    def make() -> dict[str, torch.Tensor]:
+        made.append(1)
+        return {"pixels": torch.arange(6.0)}
+
+    for _ in range(2):
+        assert torch.equal(cached_features(tmp_path / "features", "key", make)["pixels"], torch.arange(6.0))
+    (kept,) = (tmp_path / "features").iterdir()
+    assert len(made) == 1
+    kept.write_bytes(kept.read_bytes()[:40])
+    for _ in range(2):
+        assert torch.equal(cached_features(tmp_path / "features", "key", make)["pixels"], torch.arange(6.0))
+    assert len(made) == 2 and list((tmp_path / "features").iterdir()) == [kept]
+
+
+def test_a_folder_that_cannot_keep_features_is_refused_before_they_are_made():
+    for folder in (Path("/proc/self"), Path("/proc/self/features")):  # no rights help to write there
+        with pytest.raises(RunError, match=rf"features cannot be kept in {folder} \(.*\): name another --cache"):
+            cached_features(folder, "key", lambda: pytest.fail("made in vain"))
+
+
+def test_encoders_of_the_same_weights_and_other_heads_have_other_features():
+    sizes = {"image_size": 12, "patch_size": 4, "width": 16, "depth": 1}
+    keys = {
+        heads: EncoderFeatures(random_encoder(resolve(ModelConfig(heads=heads, **sizes)), 0), 12).key()
+        for heads in (2, 4)
+    }
+    assert keys[2] != keys[4]
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path):

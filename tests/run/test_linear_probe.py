@@ -63,6 +63,14 @@ def test_the_matrix_starts_with_the_step_of_lars(data):
     assert step == pytest.approx(2.0 * 0.001 * before.norm().item(), rel=1e-3)
 
 
+def test_no_batch_is_too_small_for_its_norm(data):
+    """Batches of 2 of an odd number of images would leave one alone."""
+    train, labels, *_ = data
+    for images in (2, 3, 5):
+        probe = train_probe(train[:images], labels[:images], 4, ProbeConfig(epochs=1, batch=2), seed=0)
+        assert probe[1].weight.isfinite().all()
+
+
 def test_batch_makes_maes_number_of_updates():
     config = ProbeConfig()
     assert config.batch_for(1_281_167) == 16384 and config.batch_for(60_000) == 770 and config.batch_for(40) == 32

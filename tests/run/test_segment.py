@@ -35,13 +35,7 @@ PLAIN = SceneConfig(flip=False, distort=False, scale=(1.0, 1.0), category_share=
 def test_the_ade20k_recipe_is_mmsegmentations():
     recipe = parse_command(["--config", str(ROOT / ADE20K)]).recipe
     model, trainer, data = recipe.model, recipe.trainer, recipe.data
-    assert (model.image_size, model.pretrained, model.classes, model.channels, model.drop_path) == (
-        512,
-        224,
-        150,
-        768,
-        0.1,
-    )
+    assert (model.image_size, model.classes, model.channels, model.drop_path) == (512, 150, 768, 0.1)
     assert (model.encoder.width, model.encoder.depth, model.encoder.patch_size) == (768, 12, 16)
     assert (trainer.learning_rate, trainer.layer_decay, trainer.weight_decay) == (1e-4, 0.65, 0.05)
     assert (trainer.global_batch, trainer.max_steps, tuple(trainer.betas)) == (16, 160_000, (0.9, 0.999))
@@ -229,6 +223,32 @@ def test_a_killed_run_goes_on_with_the_same_figures_to_the_digit(tmp_path):
     assert other.returncode == 2 and "segmenter channels is 8 there, 16 here" in other.stderr
 
 
+STATISTICS = """
+import torch
+import torch.distributed as dist
+from mug.run.segment import same_statistics, spread_over_ranks
+dist.init_process_group("gloo")
+model = torch.nn.BatchNorm1d(1, momentum=0.5)
+spread = spread_over_ranks(model)
+for _ in range(2):
+    spread(torch.tensor([[0.0], [2.0]]) + 2 * dist.get_rank()).sum().backward()
+same_statistics(model)
+if dist.get_rank() == 0:
+    print(model.running_mean.item())
+"""
+
+
+@pytest.mark.slow
+def test_every_ranks_images_count_in_the_statistics(tmp_path):
+    """Means of 1 and 3, of which half is taken in twice: 0.75 and 2.25 on the two ranks, so 1.5."""
+    (tmp_path / "two_ranks.py").write_text(STATISTICS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    blind = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launcher, tmp_path / "two_ranks.py"], env=blind, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1.5"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "names"),
@@ -237,6 +257,8 @@ def test_a_killed_run_goes_on_with_the_same_figures_to_the_digit(tmp_path):
         (["--trainer.global_batch", "5"], "global batch 5"),
         (["--trainer.layer_decay", "0"], "trainer.layer_decay"),
         (["--trainer.layer_deca", "1"], "layer_deca"),
+        (["--trainer.micro_batch", "1"], "trainer.micro_batch is 1"),
+        (["--model.drop_path", "1"], "model.drop_path must be less than 1"),
         (["--init", "nowhere"], "init nowhere"),
         (["--model.depth", "3"], "model.depth 3"),
         (["--data.folder", "nowhere"], "nowhere/images/training"),

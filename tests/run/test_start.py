@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 from mug.run.training import checkpoint
 from mug.run.training.errors import RunError
 from mug.run.training.metrics import logged_losses
-from mug.run.training.output import check_writable, lock
+from mug.run.training.output import check_writable, check_writable_file, lock
 from mug.run.training.recipe import Command, count_steps, parse_command
 from mug.run.training.restore import restore
 from mug.run.training.start import find_checkpoint
@@ -91,6 +92,22 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="file is no folder that can be written"):
         check_writable(tmp_path / "file" / "run")
+
+
+def test_what_may_not_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "there").touch()
+    for name in ("there", "new"):
+        check_writable_file(tmp_path / name, "--out")
+    assert not (tmp_path / "new").exists()
+    for path in (tmp_path, tmp_path / "nowhere" / "new"):
+        with pytest.raises(RunError, match=f"--out {path}: name a file that can be written"):
+            check_writable_file(path, "--out")
+    monkeypatch.setattr(os, "access", lambda *asked: False)  # nothing stops root
+    for name in ("there", "new"):
+        with pytest.raises(RunError, match=f"--out {tmp_path}/{name}: name a file that can be written"):
+            check_writable_file(tmp_path / name, "--out")
+    with pytest.raises(RunError, match=f"--out {tmp_path}/new: {tmp_path} is no folder that can be written"):
+        check_writable(tmp_path / "new", "--out")
 
 
 def test_the_number_of_steps_is_given_or_follows_from_the_passes():

@@ -14,7 +14,7 @@ from mug.model.presets import ModelConfig, Vocabulary, resolve
 from mug.run.training import hardware
 from mug.run.training.engine import parameter_groups
 from mug.run.training.losses import Means, shares, total_loss
-from mug.run.training.metrics import Clock, MetricsWriter
+from mug.run.training.metrics import Clock, MetricsWriter, read_rows
 from mug.run.training.phases import Phases
 from mug.run.training.schedule import CosineSchedule
 
@@ -66,6 +66,13 @@ def test_weight_decay_spares_norms_biases_tokens_and_positions():
     for name, parameter in names.items():
         special = name.rpartition(".")[2] in ("bias", "cls_token", "mask_token", "position_embed") or "norm" in name
         assert (id(parameter) in spared) == special, name
+
+
+def test_rows_end_where_their_line_does_and_a_cut_one_is_left_out(tmp_path):
+    rows = [{"written": "one\u2028two\x85three"}, {"written": "é"}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    (tmp_path / "rows.jsonl").write_bytes(text + '{"written": "é'.encode()[:-1])
+    assert read_rows(tmp_path / "rows.jsonl") == rows
 
 
 def test_metrics_of_steps_after_the_resumed_one_are_dropped(tmp_path):
