@@ -45,6 +45,8 @@ def main(console: Console) -> None:
     model, tokenizer, found = restore(Path(options.checkpoint), console.warn)
     if model.config.captioning != "autoregressive":
         raise RunError(f"{found.folder} fills in masked words (model.captioning) and cannot write captions")
+    if "caption" not in model.terms:
+        raise RunError(f"{found.folder} never learned to write captions: its loss_weights.caption is 0")
     check_writable(found.folder.resolve().parent, "the run's folder")
     config, shards = held_out(options, found)
     pairs = read_pairs(shards, config, model.config.image_size, options.limit)

@@ -152,7 +152,7 @@ class Pretraining:
         weights = whole_weights(run.engine)
         if weights is not None:
             objective = run.engine.module
-            copy = type(objective)(objective.config, objective.vocabulary, objective.seed)
+            copy = type(objective)(objective.config, objective.vocabulary, objective.seed, objective.terms)
             copy.load_state_dict(weights)
             run.held_out.draw(copy, run.command.output / "samples" / f"step-{step}.png")
             if self.neighbours:

@@ -41,10 +41,14 @@ def _header(form: Format, recipe: dict[str, Any]) -> str:
 
 def _introduction(name: str, config: Any, found: Checkpoint) -> str:
     encoder = f"{config.width} wide, {config.depth} blocks, {config.heads} heads, patches of {config.patch_size} px"
+    tasks = {
+        "pixels": f"a pixel decoder paints the {config.mask_ratio:.0%} of patches that the encoder did not see",
+        "caption": "a text decoder writes the caption",
+    }
+    trained = [tasks[term] for term, weight in found.manifest["recipe"]["loss_weights"].items() if weight]
     return (
         f"A vision encoder ({encoder}, images of {config.image_size} px) that [MUG]({PAPER}) pre-trained on image-text"
-        f" pairs: a pixel decoder paints the {config.mask_ratio:.0%} of patches that the encoder did not see, a text"
-        f" decoder writes the caption. {name}, step {found.step}. Positions are fixed sines and cosines.\n\n"
+        f" pairs: {', '.join(trained)}. {name}, step {found.step}. Positions are fixed sines and cosines.\n\n"
         f"Exported by {_code()}."
     )
 

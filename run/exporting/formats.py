@@ -19,6 +19,7 @@ from mug.model import interchange
 from mug.model.encoder import PIXEL_MEAN, PIXEL_STD
 from mug.model.mug import MUG
 from mug.model.presets import ModelConfig
+from mug.run.training.errors import RunError
 from mug.run.training.packages import load_package
 
 EXTRA = "export"
@@ -153,8 +154,14 @@ feature = output.pooler_output  # [1, {config.width}], the class token
 
 
 def write_vitmae(model: MUG, folder: Path) -> None:
-    """ViTMAEForPreTraining: encoder and pixel decoder."""
+    """ViTMAEForPreTraining: encoder and pixel decoder.
+
+    Raises:
+        RunError: the pixel decoder was not trained.
+    """
     config = model.config
+    if "pixels" not in model.terms:
+        raise RunError("vitmae: the pixel decoder was not trained (loss_weights.pixels is 0); choose another --format")
     _write_weights(folder, interchange.to_vitmae(interchange.to_mae(model)))
     described = {
         "architectures": ["ViTMAEForPreTraining"],

@@ -57,7 +57,7 @@ def find(path: Path, warn: Callable[[str], None]) -> checkpoint.Checkpoint:
 def restore(path: Path, warn: Callable[[str], None]) -> tuple[MUG, Tokenizer, checkpoint.Checkpoint]:
     """The model and tokenizer of a checkpoint folder, or of the newest whole one of a run's folder.
 
-    Weights are fp32, on the GPU if there is one.
+    Weights are fp32, on the GPU if there is one. The model's `terms` are those that it was trained on.
 
     Raises:
         RunError: there is no checkpoint, or it is damaged, or of something else than a pre-training run.
@@ -67,7 +67,10 @@ def restore(path: Path, warn: Callable[[str], None]) -> tuple[MUG, Tokenizer, ch
     if "objective" not in described:
         raise RunError(f"{found.folder} is no checkpoint of a pre-training run; name one")
     model = OBJECTIVES[described["objective"]["name"]](
-        ModelConfig(**described["config"]), Vocabulary(**described["vocabulary"]), described["objective"]["seed"]
+        ModelConfig(**described["config"]),
+        Vocabulary(**described["vocabulary"]),
+        described["objective"]["seed"],
+        tuple(term for term, weight in found.manifest["recipe"]["loss_weights"].items() if weight),
     )
     load_weights(model, SavedState(found.folder))
     device = "cuda" if torch.cuda.is_available() else "cpu"

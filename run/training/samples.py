@@ -16,12 +16,15 @@ def rows(
     """Reconstructions and captions of uint8 images [B, 3, H, W]; `position_B` decides the masks.
 
     Captions are written from the whole image: greedily, and with more than one beam also by beam search. A model
-    without an autoregressive text decoder writes none. An empty string in `true` is left out.
+    whose text decoder is not autoregressive, or was not trained, writes none; one whose pixel decoder was not trained
+    leaves the masked patches as they are. An empty string in `true` is left out.
     """
     model.eval()
     masked, painted = reconstruct(model, image_BCHW, position_B)
+    if "pixels" not in model.terms:
+        painted = masked
     written: dict[str, list[str]] = {}
-    if model.config.captioning == "autoregressive":
+    if model.config.captioning == "autoregressive" and "caption" in model.terms:
         memory_BLD = model.encoder(image_BCHW)
         written["written"] = _decode(tokenizer, greedy(model, memory_BLD))
         if beams > 1:

@@ -21,6 +21,7 @@ from mug.model.presets import ModelConfig, Vocabulary, resolve
 from mug.run.evaluation import captions
 from mug.run.training.checkpoint import commit, open_partial
 from mug.run.training.restore import describe_model, restore
+from mug.run.training.samples import rows as pictured
 from mug.run.training.sharded_state import WEIGHT, Piece, write_pieces
 
 ROOT = Path(__file__).parents[2]
@@ -101,8 +102,8 @@ SIZES |= {"pixel_width": 16, "pixel_depth": 1, "pixel_heads": 2, "text_width": 1
 DATA = {"shards": None, "held_out": None, "language": "en"}
 
 
-def make_checkpoint(run: Path, data: dict, **options: object) -> None:
-    """A checkpoint of an untrained model with sharp opinions, as a training run writes it."""
+def make_checkpoint(run: Path, data: dict, pixels: float = 1.0, caption: float = 0.1, **options: object) -> None:
+    """A checkpoint of an untrained model with sharp opinions, as a training run with these loss weights writes it."""
     tokenizer = train_tokenizer(["red green blue square of one colour"] * 3, 512)
     ids = {name: tokenizer.token_to_id(f"[{name.upper()}]") for name in ("pad", "bos", "eos", "mask")}
     torch.manual_seed(0)
@@ -113,7 +114,10 @@ def make_checkpoint(run: Path, data: dict, **options: object) -> None:
     file = f"{WEIGHT}-00000-of-00001.safetensors"
     pieces = {Piece(name, 0): p.detach().flatten() for name, p in model.named_parameters()}
     seal, _ = write_pieces(open_partial(run, 3) / file, pieces)
-    state = {"model": describe_model("mug", model), "recipe": {"data": data}}
+    state = {
+        "model": describe_model("mug", model),
+        "recipe": {"data": data, "loss_weights": {"pixels": pixels, "caption": caption}},
+    }
     commit(run, 3, {file: seal}, state, {"tokenizer.json": tokenizer.to_str()}, keep=1)
 
 
@@ -157,14 +161,26 @@ def test_the_run_keeps_what_the_model_wrote(run, tmp_path):
     assert "BLEU-1" in done.stdout and "distinct" in done.stdout
 
 
+@pytest.mark.parametrize(("pixels", "caption"), [(1.0, 0.0), (0.0, 0.1), (1.0, 0.1)])
+def test_a_picture_shows_what_was_trained(tmp_path, pixels, caption):
+    make_checkpoint(tmp_path / "run", DATA, pixels, caption)
+    model, tokenizer, _ = restore(tmp_path / "run", print)
+    image = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    for sample in pictured(model, tokenizer, image, torch.arange(2), ["a", "b"], beams=2):
+        assert list(sample.captions) == (["written", "written, 2 beams", "true"] if caption else ["true"])
+        assert torch.equal(sample.reconstruction, sample.masked) == (not pixels)
+
+
 def test_a_mistake_is_one_line(run, tmp_path):
     folder, shards = run
     make_checkpoint(tmp_path / "own", {**DATA, "shards": "train.tar"})
     make_checkpoint(tmp_path / "masked", DATA, captioning="masked-language")
+    make_checkpoint(tmp_path / "pixels", DATA, caption=0.0)
     for arguments, names in (
         ((folder, "--beams", "0"), "--beams must be at least 1"),
         ((tmp_path / "own",), "without data.held_out; name pairs with --shards"),
         ((tmp_path / "masked", "--shards", shards), "cannot write captions"),
+        ((tmp_path / "pixels", "--shards", shards), "never learned to write captions: its loss_weights.caption is 0"),
         ((folder, "--shards", tmp_path / "none.tar", "--cache", tmp_path), "none.tar"),
     ):
         done = start(*arguments)

@@ -31,6 +31,7 @@ SIZES = ModelConfig(
 SIZES = dataclasses.replace(SIZES, text_width=16, text_heads=2, text_unimodal_layers=1, text_cross_layers=1)
 ONE_LEVEL = 1.5 / 255 / 0.224  # of grey, normalised: resizers round differently
 RECIPE = {"data": {"shards": None}, "seed": 0, "trainer": {"global_batch": 8}}
+RECIPE |= {"loss_weights": {"pixels": 1.0, "caption": 0.1}}
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +207,16 @@ def test_a_figure_that_was_not_finite_is_left_out_of_the_card(tmp_path):
     found = Checkpoint(tmp_path / "checkpoint-20", {"step": 20, "recipe": RECIPE, "data": {"fingerprint": "f1"}})
     card = model_card("run", FORMATS["timm"], resolve(SIZES), found)
     assert "| accuracy/caption | 0.5000 |" in card and "loss/total" not in card
+
+
+def test_of_captions_alone_no_pixel_decoder_is_handed_over(model, found, tmp_path):
+    recipe = {**RECIPE, "loss_weights": {"pixels": 0.0, "caption": 0.1}}
+    alone = Checkpoint(found.folder, {**found.manifest, "recipe": recipe})
+    card = model_card("run", FORMATS["timm"], model.config, alone)
+    assert "a text decoder writes the caption" in card and "pixel decoder" not in card
+    trained = MUG(model.config, model.vocabulary, terms=("caption",)).eval()
+    with pytest.raises(RunError, match="vitmae: the pixel decoder was not trained"):
+        export.export("vitmae", FORMATS["vitmae"], trained, alone, tmp_path / "vitmae")
 
 
 def test_a_format_that_is_named_twice_is_written_once(model, found, tmp_path, monkeypatch):
