@@ -39,7 +39,7 @@ from mug.run.training.metrics import read_rows
 RUN = Path(__file__).parent
 DEEPSPEED = RUN.parent / "ds_configs" / "zero1.json"
 OBJECTIVES = {"MUG": (1.0, 0.1), "pixels alone": (1.0, 0.0), "captions alone": (0.0, 0.1)}  # weights of the two losses
-SMALL_DECODERS = {
+DECODERS = {
     "pixel_width": 64,
     "pixel_depth": 2,
     "pixel_heads": 4,
@@ -55,7 +55,7 @@ SMALL_DECODERS = {
 class Study:
     """One data set and how much is done with it.
 
-    images: most of each split. samples: seen in pre-training. encoder, decoders: sizes of the model.
+    images: most of each split. samples: seen in pre-training. encoder: its sizes.
     """
 
     kind: str
@@ -65,18 +65,17 @@ class Study:
     samples: int
     finetune_epochs: int
     encoder: dict[str, int]
-    decoders: dict[str, int]
 
 
 def studies(options: Namespace) -> list[Study]:
     size = {"width": 96, "depth": 3 if options.quick else 6, "heads": 3}
     encoder = {"image_size": 28, "patch_size": 7 if options.quick else 4, **size}
     amounts = (4_000, 1, 25_600, 4) if options.quick else (30_000, 3, 150_000, 2)
-    chosen = [Study("fashion-mnist", options.fashion_mnist, *amounts, encoder, SMALL_DECODERS)]
+    chosen = [Study("fashion-mnist", options.fashion_mnist, *amounts, encoder)]
     if options.openclipart:
         amounts = (1_000, 1, 6_400, 4) if options.quick else (10_000, 1, 30_000, 2)
         encoder = {"image_size": 64, "patch_size": 16 if options.quick else 8, **size}
-        chosen.append(Study("openclipart", options.openclipart, *amounts, encoder, SMALL_DECODERS))
+        chosen.append(Study("openclipart", options.openclipart, *amounts, encoder))
     return chosen
 
 
@@ -156,7 +155,7 @@ def run_of(folder: Path, objective: str, seed: int) -> Path:
 
 def pretrain(study: Study, folder: Path, objective: str, seed: int) -> Part:
     pixels, caption = OBJECTIVES[objective]
-    values = {f"model.{name}": value for name, value in {**study.encoder, **study.decoders}.items()} | {
+    values = {f"model.{name}": value for name, value in {**study.encoder, **DECODERS}.items()} | {
         "data.shards": f"{folder}/shards/train-*.tar",
         "data.tokenizer": folder / "tokenizer.json",
         "data.workers": 0,
