@@ -96,7 +96,7 @@ def extract(network: nn.Module, source: Source, batch: int, workers: int, device
     for loaded, _ in load(_Views(source, network.size), batches, workers):
         for name, value in network(loaded["image"].to(device, non_blocking=True)).items():
             parts.setdefault(name, []).append(value.float().cpu())
-    features = {name: torch.cat(values) for name, values in parts.items()}
+    features = {name: torch.cat(parts.pop(name)) for name in list(parts)}  # no two copies of all of them at once
     for name, value in features.items():
         broken = (~value.isfinite().all(1)).nonzero().flatten().tolist()
         if broken:
