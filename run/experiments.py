@@ -2,8 +2,8 @@
 """What does each half of MUG's loss teach? Pre-train three ways, judge the encoders alike, write the table.
 
     python run/experiments.py --quick                  # about 10 minutes on 2 CPU cores
-    python run/experiments.py                          # about QQ minutes on 2 CPU cores
-    python run/experiments.py --openclipart FOLDER     # also on Debian's clip art, unpacked there
+    python run/experiments.py                          # about 50 minutes on 2 CPU cores
+    python run/experiments.py --openclipart FOLDER     # also on Debian's clip art, unpacked there: 15 minutes more
 
 MUG (both losses), pixels alone (MAE) and captions alone see the same number of samples of Fashion-MNIST, captioned by
 class ("a photo of a sneaker"). Then: linear probe, k nearest neighbours, fine-tuning; an untrained encoder and raw
