@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What does each half of MUG's loss teach? Pre-train three ways, judge the encoders alike, write the table.
 
-    python run/experiments.py --quick                  # about 10 minutes on 2 CPU cores
+    python run/experiments.py --quick                  # about 4 minutes on 2 CPU cores
     python run/experiments.py                          # about 50 minutes on 2 CPU cores
     python run/experiments.py --openclipart FOLDER     # also on Debian's clip art, unpacked there: 15 minutes more
 
@@ -109,7 +109,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
         RunError: an unknown flag, or a folder that is not there.
     """
     parser = Parser(prog="experiments.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer images, seeds and samples: about 10 minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer images, seeds and samples: about 4 minutes")
     parser.add_argument("--out", type=str | None, default=None, help="folder of the runs (runs/experiments…)")
     parser.add_argument("--results", type=str, default="docs/results.md", help="file to write the table into")
     parser.add_argument(
