@@ -223,7 +223,7 @@ def load_deepspeed_config(path: str | Path, values: RecipeValues) -> dict[str, A
     schema = _schema()
     try:
         _check_keys(parsed, schema, schema, ())
-        filled = _fill(_plain(parsed), _decided_by_recipe(values), values.width)
+        filled = _fill(_plain(parsed), _decided(values), values.width)
         _check_values(filled)
         _check_together(filled, values.world_size)
     except DeepSpeedConfigError as error:
@@ -411,7 +411,7 @@ def _dotted(path: tuple[str, ...], key: str) -> str:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def _decided_by_recipe(values: RecipeValues) -> dict[str, tuple[str, Any]]:
+def _decided(values: RecipeValues) -> dict[str, tuple[str, Any]]:
     """dotted key → (what decides it, its value)."""
     accumulation = check_batch(values.global_batch, values.micro_batch, values.world_size)
     params = "optimizer.params."
@@ -438,8 +438,9 @@ def _fill(config: dict[str, Any], decided: dict[str, tuple[str, Any]], width: in
         if given == "auto":
             section[key] = value
         elif not _same(given, value):
-            mend = 'write "auto" here' + ", or change the recipe" * name.startswith("the recipe's")
-            raise DeepSpeedConfigError(f"{dotted} is {json.dumps(given)}, but {name} is {json.dumps(value)}; {mend}")
+            raise DeepSpeedConfigError(
+                f'{dotted} is {json.dumps(given)}, but {name} is {json.dumps(value)}; write "auto" here'
+            )
     _fill_buckets(config.get("zero_optimization", {}), width)
     _refuse_auto(config, ())
     return config

@@ -27,10 +27,8 @@ def test_speed_and_mfu(monkeypatch, peak):
 
 def test_the_steps_operations_are_those_of_the_tokens_that_captions_have():
     model, vocabulary = resolve(ModelConfig("tiny")), Vocabulary(20, pad=0, bos=1, eos=2, mask=3)
-    recipe, description = (
-        SimpleNamespace(model=model, weighted={"pixels": 1.0, "caption": 0.1}),
-        {"vocabulary": dataclasses.asdict(vocabulary)},
-    )
+    recipe = SimpleNamespace(model=model, weighted={"pixels": 1.0, "caption": 0.1})
+    description = {"vocabulary": dataclasses.asdict(vocabulary)}
     task = Pretraining(recipe, description, files={}, neighbours=None, spikes=None)
     micro_batches = [{"tokens": torch.tensor([[1, 5, 2, 0], [1, 2, 0, 0]])}, {"tokens": torch.tensor([[1, 5, 6, 2]])}]
     expected = 2 * sum(flops_per_sample(model, 20, 2.5).values()) + sum(flops_per_sample(model, 20, 4.0).values())
