@@ -11,12 +11,15 @@ import os
 import torch
 from torch import Tensor
 
-from mug.kernels.attention_backends import HALVES, RUN, Masks, obstacle, sdpa
+from mug.kernels.attention_backends import HALVES, RUN, Masks, apart, obstacle, sdpa
 from mug.kernels.attention_table import TABLE, Key, architecture, bucket
+from mug.kernels.errors import BackendError
 
 BACKENDS = ("auto", *RUN)
 DEFAULT_BACKEND = os.environ.get("MUG_ATTENTION_BACKEND", "auto")  # of calls that leave it to "auto"
-UNMEASURED = "sdpa"
+# Without a measurement, the first that can serve. "sdpa" takes packed sequences apart, pads them and masks the
+# padding, which costs more than any kernel saves; the project's kernels take fp32 as well.
+UNMEASURED = {"packed": ("sdpa_flash", "triton", "sdpa"), "dense": ("sdpa",)}
 
 logger = logging.getLogger("mug")
 
@@ -29,57 +32,129 @@ def attention(
     causal: bool = False,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-    max_seqlen: int | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     kv_lengths: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """softmax(q kᵀ · scale) v for each head.
+    """Returns softmax(q kᵀ · scale) v for each head.
 
     Args:
         q: [B, Nq, H, D]; k, v: [B, Nk, H, D]; one floating dtype. With cu_seqlens q is [Tq, H, D], k and v [Tk, H, D].
         causal: query i sees keys 0..i; needs as many queries as keys, in each sequence.
         cu_seqlens_q, cu_seqlens_k: int32 [B + 1], where each packed sequence begins, and at last T; both or neither.
-        max_seqlen: no packed sequence is longer. None: read from cu_seqlens, for which the host waits (and which
-            torch.compile cannot trace). Too small a number leaves output unwritten on a GPU.
+        max_seqlen_q, max_seqlen_k: no packed sequence has more queries, or keys. None: read from cu_seqlens, for which
+            the host waits (and which torch.compile cannot trace). Too small a number leaves output unwritten on a GPU.
         kv_lengths: int [B], keys of a sequence from this index on are padding. A row of padding alone gives 0.
         scale: 1/sqrt(D) if None.
         backend: "triton" (the project's kernels), "sdpa" (PyTorch chooses among its own), "sdpa_cudnn", "sdpa_flash",
             "sdpa_efficient", "sdpa_math", "flash_attn" (FlashAttention 3 or 2), "flash_attn_4", "reference" (plain
             matmul and softmax) or "auto": $MUG_ATTENTION_BACKEND if set, else on a GPU in half precision what
-            attention_table.json names as fastest, else "sdpa". Its choice is logged once for each kind of call.
+            attention_table.json names as fastest, else what UNMEASURED names. Its choice is logged once for each kind
+            of call.
 
     Returns:
         Like q.
 
     Raises:
-        ValueError: shapes that disagree, an unknown backend, or one asked for by name that cannot serve; it names the
+        ValueError: shapes that disagree, an unknown backend, or one requested by name that cannot serve; it names the
             argument.
     """
+    starts, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+    return _attend((q, k, v), causal, starts, longest, kv_lengths, scale, backend)
+
+
+def attention_qkv(
+    qkv: Tensor,
+    *,
+    causal: bool = False,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    kv_lengths: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Returns self-attention of q, k and v as one projection makes them.
+
+    The project's kernels write the gradient into one tensor like qkv; other backends make three, stacked afterwards.
+
+    Args:
+        qkv: [B, N, 3, H, D]; with cu_seqlens [T, 3, H, D].
+        cu_seqlens: int32 [B + 1], where each packed sequence begins, and at last T.
+        max_seqlen: no packed sequence has more tokens; None: read from cu_seqlens.
+        The rest as of `attention`.
+
+    Returns:
+        [B, N, H, D] or [T, H, D].
+    """
+    _check_whole("qkv", qkv, 3)
+    return _attend((qkv,), causal, (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen), kv_lengths, None, backend)
+
+
+def attention_kv(
+    q: Tensor,
+    kv: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Returns cross-attention to k and v as one projection makes them; the gradient of kv as of qkv in `attention_qkv`.
+
+    Args:
+        q: [B, Nq, H, D]; kv: [B, Nk, 2, H, D]. With cu_seqlens [Tq, H, D] and [Tk, 2, H, D].
+        The rest as of `attention`.
+
+    Returns:
+        Like q.
+    """
+    _check_whole("kv", kv, 2)
+    starts, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+    return _attend((q, kv), False, starts, longest, None, None, backend)
+
+
+def _attend(
+    parts: tuple[Tensor, ...],
+    causal: bool,
+    starts: tuple[Tensor | None, Tensor | None],
+    longest: tuple[int | None, int | None],
+    kv_lengths: Tensor | None,
+    scale: float | None,
+    backend: str,
+) -> Tensor:
+    """`parts`: (qkv,), (q, kv) or (q, k, v)."""
+    q, k, v = apart(parts)
     backend = DEFAULT_BACKEND if backend == "auto" else backend
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
-    if cu_seqlens_q is None and cu_seqlens_k is None:
+        raise BackendError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}; see MUG_ATTENTION_BACKEND")
+    if starts[0] is None and starts[1] is None:
         sequences, longest_q, longest_k = _check_dense(q, k, v, causal)
     else:
-        sequences = _check_packed(q, k, v, causal, cu_seqlens_q, cu_seqlens_k)
-        longest_q = longest_k = _longest(cu_seqlens_q, cu_seqlens_k, max_seqlen)
+        sequences = _check_packed(q, k, v, causal, *starts)
+        longest_q, longest_k = (_longest(cu) if n is None else n for cu, n in zip(starts, longest, strict=True))
     if kv_lengths is not None and kv_lengths.shape != (sequences,):
         raise ValueError(f"kv_lengths has shape {tuple(kv_lengths.shape)}, expected ({sequences},)")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    masks = Masks(causal, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, kv_lengths, scale)
-    if backend == "auto" and q.is_cpu:  # one choice, and the calls are so short there that looking it up would show
+    masks = Masks(causal, *starts, longest_q, longest_k, kv_lengths, scale)
+    if backend == "auto" and q.is_cpu:  # one choice, and a lookup would cost as much as such short calls
         if not torch.compiler.is_compiling():
             _log_cpu()
         return sdpa(q, k, v, masks)
     device = q.device.type
     if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
-        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
-    return RUN[_choose(backend, q, k, v, masks)](q, k, v, masks)
+        parts = tuple(x.to(torch.get_autocast_dtype(device)) for x in parts)
+    return RUN[_choose(backend, *apart(parts), masks)](parts, masks)
+
+
+def _check_whole(name: str, x: Tensor, parts: int) -> None:
+    if x.ndim < 4 or x.shape[-3] != parts:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected [..., {parts}, H, D]")
 
 
 def _check_dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[int, int, int]:
-    """B, Nq, Nk."""
+    """Returns B, Nq, Nk."""
     if not q.ndim == k.ndim == 4:
         raise ValueError(f"q and k must be [B, N, H, D], got {tuple(q.shape)} and {tuple(k.shape)}")
     (B, Nq, H, D), (k_B, Nk, k_H, k_D) = q.shape, k.shape
@@ -91,7 +166,7 @@ def _check_dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[int, in
 
 
 def _check_packed(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_q: Tensor | None, cu_k: Tensor | None) -> int:
-    """B, the number of sequences."""
+    """Returns B, the number of sequences."""
     if cu_q is None or cu_k is None:
         raise ValueError("cu_seqlens_q and cu_seqlens_k come together or not at all")
     if not q.ndim == k.ndim == 3:
@@ -122,40 +197,67 @@ def _check_starts(q_tokens: int, k_tokens: int, causal: bool, cu_q: Tensor, cu_k
         raise ValueError("causal needs as many queries as keys: cu_seqlens_q and cu_seqlens_k differ")
 
 
-def _longest(cu_q: Tensor, cu_k: Tensor, max_seqlen: int | None) -> int:
-    """A bound on the tokens of any packed sequence."""
-    if max_seqlen is not None:
-        return max_seqlen
-    return max(int(cu.diff().max()) for cu in (cu_q, cu_k))
+def _longest(cu_seqlens: Tensor | None) -> int:
+    """Returns the tokens of the longest packed sequence."""
+    assert cu_seqlens is not None
+    return int(cu_seqlens.diff().max())
 
 
 def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> str:
     if backend != "auto":
         hindrance = obstacle(backend, q, k, v, masks)
         if hindrance:
-            raise ValueError(f'backend="{backend}" cannot serve this call: {hindrance}')
+            raise BackendError(f'attention backend="{backend}" cannot serve this call: {hindrance}')
         return backend
     training, packed = q.requires_grad and torch.is_grad_enabled(), masks.cu_seqlens_q is not None
-    half, tokens = q.dtype in HALVES, bucket(max(masks.longest_q, masks.longest_k))
-    backend = _measured(str(q.device), half, training, q.shape[-1], tokens, masks.causal, packed)
-    return UNMEASURED if backend is None or obstacle(backend, q, k, v, masks) else backend
+    queries, keys = bucket(masks.longest_q), bucket(masks.longest_k)
+    kind = (str(q.device), q.dtype in HALVES, training, q.shape[-1], queries, keys, masks.causal, packed)
+    for choice in _candidates(*kind):
+        if obstacle(choice, q, k, v, masks) is None:
+            break  # at the latest at "sdpa", the last one, which serves everything
+    _log_choice(choice, *kind)
+    return choice
 
 
 @torch.compiler.assume_constant_result  # on a function around the cached one, as torch.compile looks into caches
-def _measured(device: str, half: bool, training: bool, D: int, tokens: int, causal: bool, packed: bool) -> str | None:
-    return _look_up(device, half, training, D, tokens, causal, packed)
+def _candidates(*kind) -> tuple[str, ...]:
+    return _look_up(*kind)
 
 
 @functools.cache
-def _look_up(device: str, half: bool, training: bool, D: int, tokens: int, causal: bool, packed: bool) -> str | None:
-    """The table's backend for this kind of call; logged, once as the result is kept."""
-    backend = None
-    if half and device.startswith("cuda"):
-        backend = TABLE.get(Key(architecture(device), training, D, tokens, causal, packed))
-    choice = f"{backend}, as measured" if backend else f"{UNMEASURED}, for want of a measurement"
-    kind = f"{'training' if training else 'inference'}, D={D}, N up to {tokens}, causal={causal}, varlen={packed}"
-    logger.info("attention on %s (%s): %s", device, kind, choice)
-    return backend
+def _look_up(
+    device: str, half: bool, training: bool, D: int, queries: int, keys: int, causal: bool, packed: bool
+) -> tuple[str, ...]:
+    """Returns the backends to try for this kind of call: that of the table, then those that need no measurement."""
+    unmeasured = UNMEASURED["packed" if packed else "dense"]
+    if not half or not device.startswith("cuda"):
+        return unmeasured
+    measured = TABLE.get(Key(architecture(device), training, D, queries, keys, causal, packed))
+    return (measured, *unmeasured) if measured else unmeasured
+
+
+@torch.compiler.assume_constant_result
+def _log_choice(choice: str, *kind) -> None:
+    _log_once(choice, *kind)
+
+
+@functools.cache
+def _log_once(choice: str, *kind) -> None:
+    device, half, training, D, queries, keys, causal, packed = kind
+    measured = choice == _look_up(*kind)[0] and _look_up(*kind) not in UNMEASURED.values()
+    logger.info(
+        "attention on %s (%s, %s precision, D=%d, N up to %d, keys up to %d, causal=%s, varlen=%s): %s, %s",
+        device,
+        "training" if training else "inference",
+        "half" if half else "full",
+        D,
+        queries,
+        keys,
+        causal,
+        packed,
+        choice,
+        "as measured" if measured else "not measured",
+    )
 
 
 @functools.cache

@@ -7,6 +7,7 @@ D head dimension. A name without letters may be dense, [B, N, H, D], or packed, 
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,14 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mug.kernels.attention_op import triton_attention
+from mug.kernels.attention_op import apart, triton_attention
+from mug.kernels.attention_table import architecture
+from mug.kernels.errors import BackendError
 
 HALVES = (torch.float16, torch.bfloat16)
-GREATEST_D = {"triton": 128, "flash_attn": 256, "flash_attn_4": 128}
+MAX_D = {"triton": 128, "flash_attn": 256, "flash_attn_4": 128}
 
 
 class Masks(NamedTuple):
-    """Who sees whom, as in `attention`; longest_q and longest_k: no sequence has more queries or keys."""
+    """The masks, as in `attention`; longest_q and longest_k: no sequence has more queries or keys."""
 
     causal: bool
     cu_seqlens_q: Tensor | None
@@ -31,9 +34,15 @@ class Masks(NamedTuple):
     kv_lengths: Tensor | None
     scale: float
 
+    @property
+    def starts(self) -> tuple[Tensor, Tensor]:
+        """cu_seqlens_q and cu_seqlens_k, of packed sequences."""
+        assert self.cu_seqlens_q is not None and self.cu_seqlens_k is not None
+        return self.cu_seqlens_q, self.cu_seqlens_k
+
 
 def obstacle(backend: str, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> str | None:
-    """Why the backend cannot serve this call, in words that name the argument; None if it can, as far as is known."""
+    """Returns why the backend cannot serve this call, naming the argument; None if it can, as far as is known."""
     if backend in ("reference", "sdpa", "sdpa_math"):
         return None
     if backend.startswith("sdpa"):
@@ -46,8 +55,8 @@ def obstacle(backend: str, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> str
         return f"{strangers[0]} and q are on different devices"
     if not q.dtype == k.dtype == v.dtype:
         return f"q is {q.dtype}, k {k.dtype}, v {v.dtype}"
-    if q.shape[-1] > GREATEST_D[backend]:
-        return f"q has head dimension {q.shape[-1]}; it takes {GREATEST_D[backend]} at most"
+    if q.shape[-1] > MAX_D[backend]:
+        return f"q has head dimension {q.shape[-1]}; max is {MAX_D[backend]}"
     if not (q.numel() and k.numel()):
         return f"{'k' if q.numel() else 'q'} is empty"
     return _triton_obstacle(q, masks) if backend == "triton" else _flash_obstacle(q, masks)
@@ -62,7 +71,20 @@ def _sdpa_obstacle(backend: str, q: Tensor, masks: Masks) -> str | None:
         return None
     if not installed("varlen_attn"):
         return f"cu_seqlens_q needs varlen_attn, which PyTorch {torch.__version__} lacks"
-    return None if q.dtype in HALVES else f"q is {q.dtype}, not float16 or bfloat16"
+    if q.dtype not in HALVES:
+        return f"q is {q.dtype}, not float16 or bfloat16"
+    if q.shape[-1] % 8 or q.shape[-1] > 256:
+        return f"q has head dimension {q.shape[-1]}; varlen_attn takes multiples of 8 up to 256"
+    if not q.numel():
+        return "q is empty"
+    if not masks.scale > 0:
+        return f"scale is {masks.scale}, but varlen_attn needs more than 0"
+    return "its device lacks varlen_attn, which needs sm_80" if _before_ampere(str(q.device)) else None
+
+
+@torch.compiler.assume_constant_result
+def _before_ampere(device: str) -> bool:
+    return int(architecture(device).removeprefix("sm_")) < 80
 
 
 def _triton_obstacle(q: Tensor, masks: Masks) -> str | None:
@@ -82,7 +104,7 @@ def _flash_obstacle(q: Tensor, masks: Masks) -> str | None:
         return f"q is on {q.device.type}"
     if q.dtype not in HALVES:
         return f"q is {q.dtype}, not float16 or bfloat16"
-    return "kv_lengths: it takes no padding; pack with cu_seqlens" if masks.kv_lengths is not None else None
+    return "kv_lengths: it does not support padding; pack with cu_seqlens" if masks.kv_lengths is not None else None
 
 
 @torch.compiler.assume_constant_result
@@ -107,7 +129,7 @@ def _exists(module: str) -> bool:
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
-    """Matmul and softmax, in fp32 at least."""
+    """Matmul and softmax, min in fp32."""
     if masks.cu_seqlens_q is not None:
         return _padded(reference, q, k, v, masks)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -151,8 +173,8 @@ def _sdpa_by(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, masks: Masks) 
     except RuntimeError as error:
         if "available kernel" not in str(error):
             raise
-        raise ValueError(
-            f'backend="{_SDPA_NAMES[kernel]}" cannot serve this call: PyTorch has no such kernel for q'
+        raise BackendError(
+            f'backend="{_SDPA_NAMES[kernel]}" cannot serve this call: PyTorch lacks such a kernel for q'
             f" {tuple(q.shape)}, {q.dtype}, on {q.device}"
         ) from error
 
@@ -163,19 +185,22 @@ def _sdpa_flash(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
         return _sdpa_by(SDPBackend.FLASH_ATTENTION, q, k, v, masks)
     from torch.nn.attention.varlen import varlen_attn
 
-    starts, longest = (masks.cu_seqlens_q, masks.cu_seqlens_k), (masks.longest_q, masks.longest_k)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    longest = masks.longest_q, masks.longest_k
     window = (-1, 0 if masks.causal else -1)
-    return varlen_attn(q, k, v, *starts, *longest, scale=masks.scale, window_size=window)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # else newer versions may take cuDNN's
+        out = varlen_attn(q, k, v, *masks.starts, *longest, scale=masks.scale, window_size=window)
+    return out if isinstance(out, Tensor) else out[0]
 
 
 def _real_keys(kv_lengths: Tensor, Nk: int) -> Tensor:
-    """bool [B, 1, 1, Nk], True where the key is no padding."""
+    """Returns bool [B, 1, 1, Nk], True where the key is not padding."""
     return (torch.arange(Nk, device=kv_lengths.device) < kv_lengths[:, None])[:, None, None]
 
 
 def _each(run, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
-    """Packed sequences one by one, where calls are cheap and the host may look: no padding, and no mask."""
-    q_lengths, k_lengths = (starts.diff().tolist() for starts in (masks.cu_seqlens_q, masks.cu_seqlens_k))
+    """Packed sequences one by one, where calls are cheap and the host may read the lengths: no padding, and no mask."""
+    q_lengths, k_lengths = (starts.diff().tolist() for starts in masks.starts)
     real = k_lengths if masks.kv_lengths is None else map(min, k_lengths, masks.kv_lengths.tolist())
     dense = masks._replace(cu_seqlens_q=None, cu_seqlens_k=None, kv_lengths=None)
     outs = []
@@ -185,29 +210,30 @@ def _each(run, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
 
 
 def _padded(run, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
-    """Packed sequences through a backend that knows dense ones alone."""
-    q_BNHD = _unpack(q, masks.cu_seqlens_q, masks.longest_q)
-    k_BNHD, v_BNHD = (_unpack(x, masks.cu_seqlens_k, masks.longest_k) for x in (k, v))
-    lengths_B = masks.cu_seqlens_k.diff()
+    """Packed sequences through a backend that supports only dense ones."""
+    q_starts, k_starts = masks.starts
+    q_BNHD = _unpack(q, q_starts, masks.longest_q)
+    k_BNHD, v_BNHD = (_unpack(x, k_starts, masks.longest_k) for x in (k, v))
+    lengths_B = k_starts.diff()
     if masks.kv_lengths is not None:
         lengths_B = lengths_B.minimum(masks.kv_lengths)
     dense = masks._replace(cu_seqlens_q=None, cu_seqlens_k=None, kv_lengths=lengths_B)
     out_BNHD = run(q_BNHD, k_BNHD, v_BNHD, dense)
     row_T = torch.arange(len(q), device=q.device, dtype=torch.int32)
-    sequence_T = torch.searchsorted(masks.cu_seqlens_q[1:].contiguous(), row_T, right=True)
-    return out_BNHD[sequence_T, row_T - masks.cu_seqlens_q[sequence_T]]
+    sequence_T = torch.searchsorted(q_starts[1:].contiguous(), row_T, right=True)
+    return out_BNHD[sequence_T, row_T - q_starts[sequence_T]]
 
 
 def _unpack(x_THD: Tensor, cu_seqlens: Tensor, N: int) -> Tensor:
-    """[B, N, H, D]; what stands after the end of a sequence is some other row."""
+    """Returns [B, N, H, D]; after the end of a sequence come arbitrary rows."""
     index_BN = cu_seqlens[:-1, None] + torch.arange(N, device=x_THD.device)
     return x_THD[index_BN.clamp(max=len(x_THD) - 1)]
 
 
-def triton(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
+def triton(parts: tuple[Tensor, ...], masks: Masks) -> Tensor:
     """The project's kernels."""
     causal, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, kv_lengths, scale = masks
-    return triton_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, kv_lengths, longest_q, longest_k, causal, scale)[0]
+    return triton_attention(parts, cu_seqlens_q, cu_seqlens_k, kv_lengths, longest_q, longest_k, causal, scale)[0]
 
 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
@@ -250,8 +276,7 @@ _SDPA_NAMES = {
     SDPBackend.EFFICIENT_ATTENTION: "sdpa_efficient",
     SDPBackend.MATH: "sdpa_math",
 }
-RUN = {
-    "triton": triton,
+_LIBRARIES = {
     "sdpa": sdpa,
     **{name: functools.partial(_sdpa_by, kernel) for kernel, name in _SDPA_NAMES.items()},
     "sdpa_flash": _sdpa_flash,
@@ -259,3 +284,11 @@ RUN = {
     "flash_attn_4": flash_attn_4,
     "reference": reference,
 }
+
+
+def _run_apart(run: Callable[..., Tensor], parts: tuple[Tensor, ...], masks: Masks) -> Tensor:
+    return run(*apart(parts), masks)
+
+
+# Functions of (parts, masks), where parts are (qkv,), (q, kv) or (q, k, v).
+RUN = {"triton": triton, **{name: functools.partial(_run_apart, run) for name, run in _LIBRARIES.items()}}

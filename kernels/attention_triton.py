@@ -1,4 +1,4 @@
-"""What both attention kernels (small and tiled) are made of.
+"""The common parts of both attention kernels (small and tiled).
 
 Every tensor comes as rows [R, H, D] (dense batches laid end to end) with a stride between rows and heads side by side.
 A head of D values moves as a main part of D1 = 16, 32, 64 or 128 columns and a tail of D2 (0: none), so that 80 is
@@ -31,7 +31,7 @@ def sequence(b, cu_seqlens, N, PACKED: tl.constexpr):
 
 @triton.jit
 def real_keys(b, kv_lengths, count, PADDED: tl.constexpr):
-    """How many of the sequence's `count` keys are no padding."""
+    """How many of the sequence's `count` keys are not padding."""
     if PADDED:
         return tl.minimum(tl.load(kv_lengths + b).to(tl.int32), count)
     else:

@@ -109,6 +109,7 @@ def dq_kernel(
     Nk,
     rows,
     H,
+    dq_stride,
     tiles,
     scale,
     CAUSAL: tl.constexpr,
@@ -152,7 +153,7 @@ def dq_kernel(
         p_IJ = tl.where(visible(i[:, None], j[None, :], keys, CAUSAL), tl.exp2(s_IJ - lse_I[:, None]), 0.0)
         ds_IJ = p_IJ * (dot_heads(dout_ID, dout_tail, v_JD, v_tail, D2) - delta_I[:, None])
         dq_ID, dq_tail = add_weighted(dq_ID, dq_tail, ds_IJ, k_JD, k_tail, D2)
-    store_head(dq + place, i, wide, i < q_count, dq_ID * scale, dq_tail * scale, D, D1, D2)
+    store_head(dq + q_start * dq_stride + h * D, i, dq_stride, i < q_count, dq_ID * scale, dq_tail * scale, D, D1, D2)
 
 
 @triton.jit(do_not_specialize=["Nq", "Nk", "rows", "H", "tiles"])
@@ -174,6 +175,7 @@ def dkdv_kernel(
     Nk,
     rows,
     H,
+    dk_stride,
     tiles,
     scale,
     CAUSAL: tl.constexpr,
@@ -217,6 +219,6 @@ def dkdv_kernel(
         dv_JD, dv_tail = add_weighted(dv_JD, dv_tail, p_JI, dout_ID, dout_tail, D2)
         ds_JI = p_JI * (dot_heads(v_JD, v_tail, dout_ID, dout_tail, D2) - delta_I[None, :])
         dk_JD, dk_tail = add_weighted(dk_JD, dk_tail, ds_JI, q_ID, q_tail, D2)
-    place = k_start * wide + h * D
-    store_head(dk + place, j, wide, j < k_count, dk_JD * scale, dk_tail * scale, D, D1, D2)
-    store_head(dv + place, j, wide, j < k_count, dv_JD, dv_tail, D, D1, D2)
+    place = k_start * dk_stride + h * D
+    store_head(dk + place, j, dk_stride, j < k_count, dk_JD * scale, dk_tail * scale, D, D1, D2)
+    store_head(dv + place, j, dk_stride, j < k_count, dv_JD, dv_tail, D, D1, D2)

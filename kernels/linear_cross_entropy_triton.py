@@ -1,4 +1,4 @@
-"""Triton kernel of linear_cross_entropy; imported when first asked for, as Triton may be absent.
+"""Triton kernel of linear_cross_entropy; imported at first use, as Triton may be absent.
 
 Roofline of bf16 logits on an H100: the three products around this kernel do 6·D = 4.6 kFLOP a logit at D = 768, 6.6 ps
 at 700 TFLOP/s; to read a logit once and write its gradient over it moves 4 bytes, 1.3 ps at 3 TB/s. PyTorch's own
@@ -45,7 +45,7 @@ def _loss_kernel(
 
 @triton.jit
 def _load(logits, place_K, stride, V):
-    # The mask is of the padded row: it ends on a whole 16 bytes, so loads and stores stay wide.
+    # The mask is of the padded row: it ends on a multiple of 16 bytes, so loads and stores stay wide.
     x_K = tl.load(logits + place_K, mask=place_K < stride, other=float("-inf")).to(tl.float32)
     return tl.where(place_K < V, x_K, float("-inf"))
 
@@ -53,7 +53,7 @@ def _load(logits, place_K, stride, V):
 def loss_to_gradient_(
     logits_RV: Tensor, target_R: Tensor, label_smoothing: float, z_loss: float, scale: float, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """(loss, whether no logit is larger than the target's) of each row, fp32 [R]; NaN where the target is out of range.
+    """Returns (loss, whether no logit exceeds the target's) of each row, fp32 [R]; NaN where it is out of range.
 
     Where `gradient` is true, overwrites `logits_RV` with scale times the gradient of the loss by them. A row is
     contiguous, the next one begins `stride(0)` later, and what lies between is padding that the kernel may overwrite.
@@ -61,7 +61,7 @@ def loss_to_gradient_(
     R, V = logits_RV.shape
     loss_R, hit_R = torch.empty(2, R, dtype=torch.float32, device=logits_RV.device).unbind()
     numbers = (logits_RV.stride(0), V, label_smoothing, z_loss, scale)
-    _loss_kernel[(R,)](
-        logits_RV, target_R, loss_R, hit_R, *numbers, GRADIENT=gradient, BLOCK=BLOCK, num_warps=NUM_WARPS
-    )
+    constants = {"GRADIENT": gradient, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
+    with torch.cuda.device_of(logits_RV):  # Triton launches on the current device
+        _loss_kernel[(R,)](logits_RV, target_R, loss_R, hit_R, *numbers, **constants)
     return loss_R, hit_R

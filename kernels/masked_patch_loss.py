@@ -12,13 +12,15 @@ import os
 import torch
 from torch import Tensor
 
+from mug.kernels.errors import BackendError
+
 EPS = 1e-6
 BACKENDS = ("auto", "triton", "reference")
-DEFAULT_BACKEND = os.environ.get("MUG_MASKED_PATCH_LOSS_BACKEND", "auto")  # of calls that name none
+DEFAULT_BACKEND = os.environ.get("MUG_MASKED_PATCH_LOSS_BACKEND", "auto")  # of calls that do not name one
 PATCH_SIZES = (8, 14, 16, 32)
 PREDICTIONS = (torch.float32, torch.float16, torch.bfloat16)
 IMAGES = (torch.uint8, *PREDICTIONS)
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # imported when a kernel is first asked for
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # imported at the first use of a kernel
 
 logger = logging.getLogger(__name__)
 
@@ -32,22 +34,25 @@ def patchify(image_BCHW: Tensor, patch_size: int) -> Tensor:
 
 
 def gather_patches(image_BCHW: Tensor, index_BM: Tensor, patch_size: int) -> Tensor:
-    """The patches named by int64 `index_BM` [B, M], as [B, M, P] in the image's dtype."""
+    """Returns the patches named by int64 `index_BM` [B, M], as [B, M, P] in the image's dtype."""
     patches_BNP = patchify(image_BCHW, patch_size)
     return patches_BNP.gather(1, index_BM[..., None].expand(-1, -1, patches_BNP.shape[-1]))
 
 
 def normalize_channels(patches_BMP: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """fp32 [B, M, P]: uint8 values scaled to 0..1 first, then (x - mean) / std by channel."""
-    scale = 255.0 if patches_BMP.dtype == torch.uint8 else 1.0
-    mean_C = torch.tensor(mean, device=patches_BMP.device) * scale
-    std_C = torch.tensor(std, device=patches_BMP.device) * scale
-    x = patches_BMP.float().unflatten(-1, (-1, len(mean)))
-    return ((x - mean_C) / std_C).flatten(-2)
+    """Returns fp32 [B, M, P]: uint8 values scaled to 0..1 first, then (x - mean) / std by channel."""
+    constants_2P = patches_BMP.new_empty(2, patches_BMP.shape[-1], dtype=torch.float32)
+    for row_P, channels in zip(constants_2P, (mean, std), strict=True):
+        for channel, value in enumerate(channels):
+            row_P[channel :: len(channels)].fill_(
+                value
+            )  # torch.tensor on a GPU would be a copy that the host waits for
+    mean_P, std_P = constants_2P * (255.0 if patches_BMP.dtype == torch.uint8 else 1.0)
+    return (patches_BMP.float() - mean_P) / std_P
 
 
 def patch_statistics(patches_BMP: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [B, M, 1] of each patch, as MAE has them: unbiased, eps inside the root."""
+    """Returns mean and standard deviation [B, M, 1] of each patch, as MAE has them: unbiased, eps inside the root."""
     variance, mean = torch.var_mean(patches_BMP, dim=-1, keepdim=True)
     return mean, (variance + EPS).sqrt()
 
@@ -64,9 +69,9 @@ def masked_patch_loss(
     counts_B: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Mean over masked patches of the squared error between prediction and (normalised) pixels.
+    """Returns the mean over masked patches of the squared error between prediction and (normalised) pixels.
 
-    The gradient goes to the prediction alone. The Triton kernel writes it in the forward pass; backward multiplies
+    The gradient goes only to the prediction. The Triton kernel writes it in the forward pass; backward multiplies
     it by grad_output in place (by 1: not at all), so its graph can be walked once.
 
     Args:
@@ -86,7 +91,7 @@ def masked_patch_loss(
 
     Raises:
         ValueError: shapes that disagree, an unknown backend, or "triton" where it cannot serve; it names the
-            argument. On CPU also an index out of range; on CUDA the kernel cannot tell the host: it reads nothing
+            argument. On CPU also an index out of range; on CUDA the kernel cannot report to the host: it reads nothing
             out of bounds, and the loss is NaN.
     """
     _check_shapes(image_BCHW, prediction_BMP, masked_BM, counts_B, patch_size)
@@ -124,7 +129,7 @@ def _check_values(image_BCHW: Tensor, masked_BM: Tensor, counts_B: Tensor | None
 
 
 def _counted(masked_BM: Tensor, counts_B: Tensor) -> Tensor:
-    """bool [B, M], True where the patch counts."""
+    """Returns bool [B, M], True where the patch counts."""
     return torch.arange(masked_BM.shape[1], device=masked_BM.device) < counts_B[:, None]
 
 
@@ -137,12 +142,13 @@ def _choose_backend(
     patch_size: int,
 ) -> str:
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+        known = ", ".join(BACKENDS)
+        raise BackendError(f"backend={backend!r} is not one of {known}; see MUG_MASKED_PATCH_LOSS_BACKEND")
     if backend == "reference" or (backend == "auto" and prediction_BMP.device.type != "cuda"):
         return "reference"
     obstacle = _obstacle(image_BCHW, prediction_BMP, masked_BM, counts_B, patch_size)
     if backend == "triton" and obstacle:
-        raise ValueError(f'backend="triton" cannot serve this call: {obstacle}')
+        raise BackendError(f'masked_patch_loss backend="triton" cannot serve this call: {obstacle}')
     if backend == "auto" and not torch.compiler.is_compiling():
         _log_choice(obstacle)
     return "reference" if obstacle else "triton"
@@ -151,7 +157,7 @@ def _choose_backend(
 def _obstacle(
     image_BCHW: Tensor, prediction_BMP: Tensor, masked_BM: Tensor, counts_B: Tensor | None, patch_size: int
 ) -> str | None:
-    """Why the kernel cannot serve, in words that name the argument; None if it can."""
+    """Returns why the kernel cannot serve, naming the argument; None if it can."""
     tensors = {"image": image_BCHW, "masked": masked_BM, "counts": counts_B}
     strangers = [name for name, x in tensors.items() if x is not None and x.device != prediction_BMP.device]
     if not HAS_TRITON:
@@ -188,21 +194,21 @@ def _reference(
     normalize_patches: bool,
     counts_B: Tensor | None,
 ) -> Tensor:
-    if counts_B is not None:  # the index of a patch that does not count may be anything, such as -1
-        counted_BM = _counted(masked_BM, counts_B)
+    counted_BM = None if counts_B is None else _counted(masked_BM, counts_B)
+    if counted_BM is not None:  # the index of a patch that does not count may be anything, such as -1
         masked_BM = masked_BM.where(counted_BM, 0)
     target_BMP = normalize_channels(gather_patches(image_BCHW, masked_BM, patch_size), mean, std)
     if normalize_patches:
         patch_mean, patch_std = patch_statistics(target_BMP)
         target_BMP = (target_BMP - patch_mean) / patch_std
     error_BMP = prediction_BMP.float() - target_BMP
-    if counts_B is None:
+    if counted_BM is None:
         return error_BMP.square().mean()
     return error_BMP.masked_fill(~counted_BM[..., None], 0.0).square().sum() / _total(prediction_BMP, counts_B)
 
 
 def _total(prediction_BMP: Tensor, counts_B: Tensor | None) -> float | Tensor:
-    """How many values the loss is a mean over; a tensor where counts are, so that the host need not wait for it."""
+    """Returns how many values the loss is a mean over; a tensor where counts are, so that the host does not wait."""
     if counts_B is None:
         return float(prediction_BMP.numel())
     _, M, P = prediction_BMP.shape
@@ -210,7 +216,7 @@ def _total(prediction_BMP: Tensor, counts_B: Tensor | None) -> float | Tensor:
 
 
 def _gradient_factors(prediction_BMP: Tensor, counts_B: Tensor | None) -> tuple[float | Tensor, float | Tensor]:
-    """2 / total as what forward and what backward multiply the error by.
+    """Returns 2 / total as the factors of the error in forward and in backward.
 
     Forward takes all, except that fp16 would lose it (1e-7 at batch 256): there backward applies the power of two,
     when the loss scale is on, and rounds nothing by it.
@@ -234,7 +240,7 @@ def _fused(
     normalize_patches: bool,
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, what backward scales to the gradient: [B, M, P] in prediction's dtype, or empty)."""
+    """Returns (loss, what backward scales to the gradient: [B, M, P] in prediction's dtype, or empty)."""
     from mug.kernels import masked_patch_loss_triton as kernels
 
     unit = 255.0 if image_BCHW.dtype == torch.uint8 else 1.0
@@ -245,7 +251,7 @@ def _fused(
         masked_BM.contiguous(),
         None if counts_B is None else counts_B.contiguous(),
         1 / _total(prediction_BMP, counts_B),
-        ([m * unit for m in mean], [1 / (s * unit) for s in std]),
+        ([1 / (s * unit) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]),
         patch_size=patch_size,
         eps=EPS if normalize_patches else None,
         gradient_BMP=gradient_BMP,

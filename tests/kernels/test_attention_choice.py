@@ -7,9 +7,10 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mug.kernels import attention as module
-from mug.kernels import attention_table
+from mug.kernels import attention_backends, attention_table
 from mug.kernels.attention import attention
 from mug.kernels.attention_table import Key, bucket, fastest, read_table, write_table
 
@@ -76,7 +77,7 @@ def test_a_backend_asked_for_by_name_that_cannot_serve_says_why(backend, message
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"q": torch.zeros(1, 4, 1, 256), "k": torch.zeros(1, 4, 1, 256)}, "q has head dimension 256; it takes 128"),
+        ({"q": torch.zeros(1, 4, 1, 256), "k": torch.zeros(1, 4, 1, 256)}, "q has head dimension 256; max is 128"),
         ({"q": torch.zeros(1, 4, 1, 8, dtype=torch.float64)}, "q is torch.float64, k torch.float32"),
         ({"k": torch.zeros(1, 0, 1, 8)}, "k is empty"),
         ({"kv_lengths": torch.tensor([1.0])}, "kv_lengths is torch.float32, not int32 or int64"),
@@ -135,7 +136,7 @@ def test_auto_on_a_cpu_is_pytorchs_sdpa_and_nothing_beside_it(monkeypatch):
 
 def test_the_environment_overrides_auto_and_nothing_else(monkeypatch):
     calls = []
-    monkeypatch.setitem(module.RUN, "reference", lambda q, *_: calls.append(q) or q)
+    monkeypatch.setitem(module.RUN, "reference", lambda parts, _: calls.append(parts) or parts[0])
     monkeypatch.setattr(module, "DEFAULT_BACKEND", "reference")
     q, k, v = dense()
     attention(q, k, v)
@@ -146,28 +147,88 @@ def test_the_environment_overrides_auto_and_nothing_else(monkeypatch):
         attention(q, k, v)
 
 
-def test_auto_on_a_gpu_reads_the_table_and_logs_each_kind_once(monkeypatch, caplog):
-    key = Key("sm_90", True, 64, 64, False, False)
-    monkeypatch.setattr(module, "TABLE", {key: "triton"})
-    monkeypatch.setattr(module, "architecture", lambda device: "sm_90")
+def fake(device, *shape, dtype=torch.bfloat16):
+    """A tensor without data on a device that need not be there."""
+    with FakeTensorMode():
+        return torch.empty(shape, dtype=dtype, device=device, requires_grad=dtype.is_floating_point)
+
+
+def choose(q, queries=64, keys=64, packed=True, causal=False, kv_lengths=None):
+    starts = fake(q.device, 9, dtype=torch.int32) if packed else None
+    masks = module.Masks(causal, starts, starts, queries, keys, kv_lengths, 1.0)
+    return module._choose("auto", q, q, q, masks)
+
+
+@pytest.fixture
+def table(monkeypatch) -> dict[Key, str]:
+    """An empty table, on a machine whose GPU is an H100."""
+    table = {}
+    monkeypatch.setattr(module, "TABLE", table)
+    for place in (module, attention_backends):
+        monkeypatch.setattr(place, "architecture", lambda device: "sm_90")
+    module._look_up.cache_clear(), module._log_once.cache_clear()
+    yield table
+    module._look_up.cache_clear(), module._log_once.cache_clear()
+
+
+def test_auto_on_a_gpu_reads_the_table_and_logs_each_kind_once(table, caplog):
+    table[Key("sm_90", True, 64, 64, 64, False, False)] = "triton"
+    table[Key("sm_90", True, 64, 64, 128, False, True)] = "flash_attn"  # which is not installed
     caplog.set_level(logging.INFO)
-    module._look_up.cache_clear()
-    kind = {"device": "cuda:0", "half": True, "training": True, "D": 64, "tokens": 64, "causal": False, "packed": False}
-    assert module._look_up(**kind) == module._look_up(**kind) == "triton"
-    assert module._look_up(**{**kind, "causal": True}) is None
-    assert module._look_up(**{**kind, "half": False}) is None
-    module._look_up.cache_clear()
-    messages = [record.message for record in caplog.records]
-    assert len(messages) == 3
-    assert messages[0].endswith("(training, D=64, N up to 64, causal=False, varlen=False): triton, as measured")
-    assert messages[1].endswith("causal=True, varlen=False): sdpa, for want of a measurement")
+    q_BNHD, q_THD = fake("cuda:0", 2, 64, 3, 64), fake("cuda:0", 99, 3, 64)
+    assert choose(q_BNHD, packed=False) == choose(q_BNHD, 50, 50, packed=False) == "triton"
+    assert choose(q_BNHD, packed=False, causal=True) == "sdpa"
+    assert choose(q_THD, keys=65) == "sdpa_flash"
+    first, second, third = (record.message for record in caplog.records)
+    kind = "training, half precision, D=64, N up to 64, keys up to 64"
+    assert first == f"attention on cuda:0 ({kind}, causal=False, varlen=False): triton, as measured"
+    assert second == f"attention on cuda:0 ({kind}, causal=True, varlen=False): sdpa, not measured"
+    assert third.endswith("keys up to 128, causal=False, varlen=True): sdpa_flash, not measured")
 
 
-def test_what_the_table_names_but_cannot_serve_falls_to_sdpa(monkeypatch):
-    monkeypatch.setattr(module, "_measured", lambda *_: "sdpa_cudnn")
-    q, k, v = dense()
-    masks = module.Masks(False, None, None, 4, 4, None, 1.0)
-    assert module._choose("auto", q, k, v, masks) == "sdpa"
+@pytest.mark.parametrize(
+    "dtype, D, lengths, expected",
+    [
+        (torch.bfloat16, 64, False, "sdpa_flash"),
+        (torch.float16, 80, False, "sdpa_flash"),
+        (torch.float16, 256, False, "sdpa_flash"),
+        (torch.bfloat16, 20, False, "triton"),  # varlen_attn wants a multiple of 8
+        (torch.bfloat16, 64, True, "triton"),  # and knows no padding
+        (torch.float32, 64, False, "triton"),
+        (torch.float32, 256, False, "sdpa"),
+        (torch.float64, 64, False, "sdpa"),
+    ],
+)
+def test_packed_on_a_gpu_without_a_measurement(table, dtype, D, lengths, expected):
+    pytest.importorskip("triton")
+    q_THD = fake("cuda:0", 100, 3, D, dtype=dtype)
+    kv_lengths = fake("cuda:0", 8, dtype=torch.int32) if lengths else None
+    assert choose(q_THD, kv_lengths=kv_lengths) == expected
+    assert choose(fake("cuda:0", 8, 64, 3, D, dtype=dtype), packed=False) == "sdpa"
+    assert choose(fake("cpu", 100, 3, D, dtype=dtype)) in ("sdpa", "sdpa_flash")
+
+
+def test_packed_on_a_gpu_before_ampere(table, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(attention_backends, "architecture", lambda device: "sm_75")
+    assert choose(fake("cuda:0", 100, 3, 64, dtype=torch.float16)) == "triton"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("whole", [False, True])
+def test_no_packed_call_on_a_gpu_is_padded(table, monkeypatch, dtype, whole):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(attention_backends, "_padded", None)
+    with FakeTensorMode():
+        qkv = torch.empty(100, 3, 12, 64, dtype=dtype, device="cuda", requires_grad=True)
+        q, starts = qkv[:, 0], torch.empty(5, dtype=torch.int32, device="cuda")
+        options = {"causal": True, "cu_seqlens": starts, "max_seqlen": 64}
+        cross = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 64, "max_seqlen_k": 65}
+        if whole:
+            outs = [module.attention_qkv(qkv, **options), module.attention_kv(q, qkv[:, 1:], **cross)]
+        else:
+            outs = [attention(*qkv.unbind(1), **cross)]
+    assert all(out.shape == q.shape and out.dtype == dtype and out.requires_grad for out in outs)
 
 
 def test_buckets_hold_what_fits():
@@ -177,35 +238,38 @@ def test_buckets_hold_what_fits():
 
 
 def timing(backend, milliseconds, shape="a", name="both", **changes):
-    kind = {"architecture": "sm_90", "head_dim": 64, "tokens": 50, "causal": False, "varlen": False}
+    kind = {"architecture": "sm_90", "head_dim": 64, "queries": 50, "keys": 50, "causal": False, "varlen": False}
     return {"backend": backend, "pass": name, "milliseconds": milliseconds, "shape": shape, **kind, **changes}
 
 
 def test_the_fastest_over_all_shapes_of_a_key_is_chosen():
-    key = Key("sm_90", True, 64, 64, False, False)
+    key = Key("sm_90", True, 64, 64, 64, False, False)
     rows = [timing("triton", 1.0), timing("triton", 4.0, "b"), timing("sdpa", 1.5), timing("sdpa", 2.0, "b")]
     assert fastest(rows) == {key: "sdpa"}  # geometric means 2 and 1.73
-    rows += [timing("flash_attn", 0.1), timing("triton", 0.1, name="backward"), timing("triton", 0.1, tokens=2000)]
+    rows += [timing("flash_attn", 0.1), timing("triton", 0.1, name="backward"), timing("triton", 0.1, keys=2000)]
     assert fastest(rows) == {key: "sdpa"}  # flash_attn did not serve b
     rows += [timing("triton", 1.0, name="forward"), timing("triton", 9.0, "b", "forward")]
     assert fastest(rows)[key._replace(training=False)] == "triton"
 
 
-def test_the_table_keeps_other_architectures(tmp_path):
+def test_the_table_keeps_what_was_not_measured_again(tmp_path):
     path = tmp_path / "table.json"
     path.write_text('{"measured": {}, "entries": []}')
     write_table([timing("triton", 1.0, architecture="sm_80")], {"device": "A100"}, path)
     write_table([timing("triton", 1.0)], {"device": "H100"}, path)
-    write_table([timing("sdpa", 1.0, head_dim=32)], {"device": "H200"}, path)
-    keys = [Key("sm_80", True, 64, 64, False, False), Key("sm_90", True, 32, 64, False, False)]
-    assert read_table(path) == dict(zip(keys, ["triton", "sdpa"], strict=True))
+    write_table([timing("triton", 9.0), timing("sdpa", 1.0)], {"device": "H100"}, path)
+    write_table([timing("sdpa_flash", 1.0, head_dim=32)], {"device": "H200"}, path)
+    keys = [Key("sm_80", True, 64, 64, 64, False, False), Key("sm_90", True, 32, 64, 64, False, False)]
+    keys.append(keys[1]._replace(head_dim=64))
+    assert read_table(path) == dict(zip(keys, ["triton", "sdpa_flash", "sdpa"], strict=True))
     assert json.loads(path.read_text())["measured"] == {"sm_80": {"device": "A100"}, "sm_90": {"device": "H200"}}
+    assert [file.name for file in tmp_path.iterdir()] == ["table.json"]
 
 
 def test_the_table_that_ships_names_backends_and_where_they_were_measured():
     table = json.loads(attention_table.PATH.read_text())
     assert {key.architecture for key in attention_table.TABLE} <= table["measured"].keys()
     assert set(attention_table.TABLE.values()) <= set(module.BACKENDS) - {"auto"}
-    assert all(key.tokens in attention_table.BUCKETS for key in attention_table.TABLE)
+    assert all({key.queries, key.keys} <= {*attention_table.BUCKETS} for key in attention_table.TABLE)
     assert len(table["entries"]) == len(attention_table.TABLE)
     assert all(a < b for a, b in itertools.pairwise(attention_table.BUCKETS))

@@ -15,6 +15,13 @@ POISON = 777.0
 HAS_GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 needs_interpreter = pytest.mark.skipif(HAS_GPU, reason="on a GPU Triton does not take CPU tensors")
+
+
+def slow(*values: object) -> list:
+    """Parameters that the fast tests leave out: in Triton's interpreter each costs about a second."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 HALVES = [torch.float16, pytest.param(torch.bfloat16, marks=needs_gpu)]
 
 
@@ -71,10 +78,23 @@ def make_packed(device, q_lengths, k_lengths=None, H=3, D=16, dtype=torch.float3
     starts = [torch.tensor([0, *n], device=device).cumsum(0).int() for n in (q_lengths, k_lengths)]
     totals = [sum(q_lengths), sum(k_lengths), sum(k_lengths), sum(q_lengths)]
     *tensors, dout = (torch.randn(n, H, D, device=device).to(dtype) for n in totals)
-    options |= {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1], "max_seqlen": max(*q_lengths, *k_lengths)}
+    options |= {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1], "max_seqlen_q": max(q_lengths)}
+    options |= {"max_seqlen_k": max(k_lengths)}
     if "kv_lengths" in options:
         options["kv_lengths"] = torch.tensor(options["kv_lengths"], device=device)
     return Case(tensors, dout, options)
+
+
+def largest_score_gradient(case: Case) -> Tensor:
+    """Returns a bound on what one dP = dout·v contributes to an element of dq or dk, before the softmax's subtraction.
+
+    For a query with one dominant key, dP and what is subtracted nearly cancel. PyTorch subtracts a sum of the same dP,
+    whose rounding cancels too; FlashAttention-2 subtracts rowsum(dout ∘ out), whose rounding is another. So the
+    rounding of dP stays in dq and dk, and for about 1% of random data at scale 0.7 is several times PyTorch's error.
+    """
+    q, k, v, dout = (x.double() for x in (*case.tensors, case.dout))
+    scale = case.options.get("scale", q.shape[-1] ** -0.5)
+    return scale * dout.norm(dim=-1).max() * v.norm(dim=-1).max() * max(q.abs().max(), k.abs().max())
 
 
 def assert_as_near_as_pytorch(case: Case) -> None:
@@ -85,7 +105,8 @@ def assert_as_near_as_pytorch(case: Case) -> None:
     """
     names, exact = ("out", "dq", "dk", "dv"), case.exact()
     largest = max(x.abs().max() for x in exact)  # of what a gradient of 0, as over a single key, is the difference
-    fp32 = 2**-22 * largest  # a GPU's exp2 is good to 2 units in the last place
+    # A GPU's exp2 is good to 2 units in the last place; dP is a sum, rounded more than once.
+    fp32 = 2**-22 * largest + 2**-23 * largest_score_gradient(case)
     half = torch.finfo(case.dout.dtype).eps * largest
     for name, ours, pytorchs, truth in zip(names, case.run("triton"), case.run("sdpa_math"), exact, strict=True):
         assert ours.dtype == case.dout.dtype and ours.shape == truth.shape
@@ -118,19 +139,20 @@ def dtype(request, monkeypatch) -> torch.dtype:
     return dtype
 
 
-@pytest.mark.parametrize("D", [8, 16, 32, 64, 72, 80, 88, 96, 128])
+@pytest.mark.parametrize("D", [8, 80, *slow(16, 32, 64, 72, 88, 96, 128)])
 def test_head_dimensions(device, fresh_seed, dtype, D):
     assert_as_near_as_pytorch(make(device, B=1, Nq=19, H=2, D=D, dtype=dtype))
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("N", [1, 16, 33, 64])
+@pytest.mark.parametrize("N", [1, 33, *slow(16, 64)])
 def test_lengths(device, fresh_seed, dtype, N, causal):
     assert_as_near_as_pytorch(make(device, B=1, Nq=N, H=1, D=32, dtype=dtype, causal=causal))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_more_than_one_tile(device, fresh_seed, dtype):
+def test_more_than_one_tile(device, fresh_seed, monkeypatch, dtype):
+    monkeypatch.setattr(op, "is_small", lambda *_: False)
     for causal in (False, True):
         assert_as_near_as_pytorch(make(device, B=1, Nq=70, H=2, D=16, dtype=dtype, causal=causal))
         assert_as_near_as_pytorch(make(device, B=2, Nq=66, H=1, dtype=dtype, causal=causal, kv_lengths=[65, 30]))
@@ -139,18 +161,34 @@ def test_more_than_one_tile(device, fresh_seed, dtype):
     assert_as_near_as_pytorch(make(device, B=1, Nq=130, Nk=20, H=1, D=88, dtype=dtype))
 
 
+def test_which_kernel_serves():
+    half, full = torch.bfloat16, torch.float32
+    assert op.is_small(half, 128, 128, packed=False) and op.is_small(half, 64, 128, packed=True)
+    assert not op.is_small(half, 129, 1, packed=False) and not op.is_small(half, 1, 129, packed=False)
+    assert not op.is_small(half, 65, 65, packed=True) and not op.is_small(full, 16, 16, packed=False)
+    assert op.small_blocks(65, 65) == {"BLOCK_Q": 128, "BLOCK_K": 128, "num_warps": 8}
+
+
+def test_a_head_of_more_than_64_tokens_in_one_program(device, fresh_seed):
+    assert_as_near_as_pytorch(make(device, B=1, Nq=65, H=2, D=80, dtype=torch.float16))
+    assert_as_near_as_pytorch(make(device, B=2, Nq=128, H=1, dtype=torch.float16, causal=True, kv_lengths=[128, 70]))
+    assert_as_near_as_pytorch(make_packed(device, [64, 3], [65, 65], H=1, dtype=torch.float16))
+
+
 @pytest.mark.parametrize("case", [
-    {"B": 3, "Nq": 1, "H": 5}, {"B": 5, "Nq": 3, "Nk": 20, "H": 1}, {"Nq": 20, "Nk": 3}, {"scale": 0.7}, {"scale": 0.0},
-    {"B": 4, "Nq": 9, "kv_lengths": [9, 4, 1, 0]}, {"B": 3, "Nq": 9, "causal": True, "kv_lengths": [9, 4, 0]},
-    {"B": 3, "Nq": 5, "Nk": 18, "kv_lengths": [17, 30, 1]},
+    {"B": 3, "Nq": 9, "causal": True, "kv_lengths": [9, 4, 0]}, {"B": 3, "Nq": 5, "Nk": 18, "kv_lengths": [17, 30, 1]},
+    *slow(
+        {"B": 3, "Nq": 1, "H": 5}, {"B": 5, "Nq": 3, "Nk": 20, "H": 1}, {"Nq": 20, "Nk": 3}, {"scale": 0.7},
+        {"scale": 0.0}, {"B": 4, "Nq": 9, "kv_lengths": [9, 4, 1, 0]},
+    ),
 ], ids=str)  # fmt: skip
 def test_masks_and_shapes(device, fresh_seed, dtype, case):
     assert_as_near_as_pytorch(make(device, dtype=dtype, **case))
 
 
 @pytest.mark.parametrize("case", [
-    {"q_lengths": [3, 1, 17, 5]}, {"q_lengths": [4, 0, 9], "causal": True}, {"q_lengths": [20]},
-    {"q_lengths": [5, 0, 6, 2], "k_lengths": [2, 3, 0, 19]}, {"q_lengths": [4, 9, 2], "kv_lengths": [3, 20, 0]},
+    {"q_lengths": [4, 0, 9], "causal": True}, {"q_lengths": [5, 0, 6, 2], "k_lengths": [2, 3, 0, 19]},
+    *slow({"q_lengths": [3, 1, 17, 5]}, {"q_lengths": [20]}, {"q_lengths": [4, 9, 2], "kv_lengths": [3, 20, 0]}),
 ], ids=str)  # fmt: skip
 def test_packed_sequences(device, fresh_seed, dtype, case):
     assert_as_near_as_pytorch(make_packed(device, dtype=dtype, **case))
@@ -169,7 +207,7 @@ def test_packed_equals_dense(device, fresh_seed, kernel, causal):
 def call(case: Case) -> tuple[Tensor, Tensor]:
     q, k, v = case.tensors
     causal, lengths = case.options.get("causal", False), case.options.get("kv_lengths")
-    return op.triton_attention(q, k, v, None, None, lengths, q.shape[1], k.shape[1], causal, q.shape[-1] ** -0.5)
+    return op.triton_attention((q, k, v), None, None, lengths, q.shape[1], k.shape[1], causal, q.shape[-1] ** -0.5)
 
 
 def test_log_sum_exp(device, fresh_seed, kernel):
@@ -197,7 +235,7 @@ def test_what_stands_in_the_padding_does_not_matter(device, fresh_seed, kernel):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [True, *slow(False)])
 def test_every_element_is_written_and_nothing_beyond_is_touched(device, fresh_seed, kernel, monkeypatch, packed):
     if packed:
         case = make_packed(device, [5, 0, 18], [3, 2, 20], H=2, D=24)
@@ -273,7 +311,7 @@ def test_small_gradients_of_fp16_keep_their_range(device, fresh_seed, kernel):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("compiler", ["aot_eager", *slow("eager")])
 def test_torch_compile_sees_one_graph(device, fresh_seed, kernel, compiler, packed):
     torch._dynamo.reset()
     case = make_packed(device, [3, 9]) if packed else make(device, B=2, Nq=9, causal=True)
@@ -299,11 +337,11 @@ def test_activation_checkpointing(device, fresh_seed, kernel, use_reentrant):
 
 def test_the_operators_are_registered_as_torch_library_wants_them(device, fresh_seed, kernel):
     q, k, v = (x.contiguous().requires_grad_() for x in make(device, B=2, Nq=9).tensors)
-    torch.library.opcheck(op.triton_attention, (q, k, v, None, None, None, 9, 9, True, 0.25))
+    torch.library.opcheck(op.triton_attention, ([q, k, v], None, None, None, 9, 9, True, 0.25))
     q, k, v = (x.detach() for x in (q, k, v))
-    out, lse = op.triton_attention(q, k, v, None, None, None, 9, 9, True, 0.25)
+    out, lse = op.triton_attention([q, k, v], None, None, None, 9, 9, True, 0.25)
     torch.library.opcheck(
-        op.triton_attention_backward, (out, q, k, v, out.clone(), lse, None, None, None, 9, 9, True, 0.25)
+        op.triton_attention_backward, (out, [q, k, v], out.clone(), lse, None, None, None, 9, 9, True, 0.25)
     )
 
 

@@ -98,12 +98,75 @@ def test_the_chunk_does_not_matter(device, backend, fresh_seed, rows):
         torch.testing.assert_close(x, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_no_product_is_larger_than_the_budget(device, backend, fresh_seed, monkeypatch):
-    seen, mm = [], torch.mm
+@pytest.fixture
+def chunk_sizes(monkeypatch) -> list[int]:
+    """Rows of each chunk whose logits became gradients."""
+    sizes, choose = [], module._loss_to_gradient_
+
+    def record(triton):
+        return lambda logits_RV, *rest: sizes.append(len(logits_RV)) or choose(triton)(logits_RV, *rest)
+
+    monkeypatch.setattr(module, "_loss_to_gradient_", record)
+    return sizes
+
+
+def test_no_chunk_is_larger_than_the_budget(device, backend, fresh_seed, chunk_sizes):
     example = make(device)
-    monkeypatch.setattr(torch, "mm", lambda x, w, **options: seen.append(len(x)) or mm(x, w, **options))
     results(example, backend, rows=5)
-    assert max(seen) == 5 and sum(seen) == (example[2] != PAD).sum()
+    assert max(chunk_sizes) <= 5 and sum(chunk_sizes) == (example[2] != PAD).sum()
+
+
+@pytest.mark.parametrize("kept, budget, expected", [
+    (23, 5, [5, 5, 5, 5, 3]), (23, 22, [12, 11]), (0, 5, [0]),
+    (1100, 1000, [768, 332]), (1500, 767, [512, 512, 476]), (1000, 2000, [1000]), (1280, 600, [512, 512, 256]),
+])  # fmt: skip
+def test_chunks_are_equal_and_whole_tiles(chunk_sizes, kept, budget, expected):
+    example = make("cpu", N=kept + 1, padding=0.0)
+    example[2][0] = PAD  # of a mask that keeps nothing, too
+    results(example, "chunked", rows=budget)
+    assert chunk_sizes == expected
+
+
+def test_the_first_chunk_writes_the_gradient_of_the_weight(device, backend, fresh_seed, monkeypatch):
+    example = make(device)
+    expected = results(example, backend)
+    new_empty, new_zeros = torch.Tensor.new_empty, torch.Tensor.new_zeros
+
+    def garbage(x, *shape, **options):
+        new = new_empty(x, *shape, **options)
+        return new.fill_(torch.nan) if new.is_floating_point() else new
+
+    def zeros(x, shape, **options):
+        assert shape != example[1].shape, "zeros as large as the weight"
+        return new_zeros(x, shape, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", garbage)
+    monkeypatch.setattr(torch.Tensor, "new_zeros", zeros)
+    for x, y in zip(results(example, backend), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("free, expected", [(70 * 2**30, 2**31), (15 * 2**30, 2**30)])
+def test_the_budget_on_a_gpu_is_asked_for_once(monkeypatch, free, expected):
+    asked, device = [], torch.device("cuda", 7)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (free, 80 * 2**30))
+    module.default_budget.cache_clear()
+    assert [module.default_budget(device) for _ in range(3)] == [expected] * 3
+    assert asked == [device] and module.default_budget(torch.device("cpu")) == 512 * 2**20
+    module.default_budget.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "triton"])
+def test_rows_to_keep_that_the_caller_knows(device, backend, fresh_seed, monkeypatch):
+    hidden, weight, target = make(device)
+    expected = results((hidden, weight, target), backend)
+    kept = (target != PAD).nonzero().squeeze(1)
+    monkeypatch.setattr(module, "_check_values", lambda *_: None)  # as on CUDA
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda _: pytest.fail("the host waits"))
+    for x, y in zip(results((hidden, weight, target), backend, kept_K=kept), expected, strict=True):
+        assert torch.equal(x, y)
+    none = results((hidden, weight, target), backend, kept_K=kept[:0])
+    assert none[0] == none[1] == 0 and (none[2] == 0).all() and (none[3] == 0).all()
 
 
 def test_auto_takes_the_reference_where_it_fits(monkeypatch, fresh_seed):
@@ -164,7 +227,7 @@ def test_without_need_of_them_no_gradients_are_computed(device, backend, fresh_s
     expected = results((hidden, weight, target), backend)
     weight.requires_grad_()
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(module, "_add_product_", lambda *_: pytest.fail("computed"))
+        patch.setattr(module, "_product", lambda *_: pytest.fail("computed"))
         loss, accuracy = linear_cross_entropy(hidden, weight, target, ignore_index=PAD, backend=backend)
     torch.testing.assert_close((loss, accuracy), expected[:2])
     hidden.requires_grad_(), weight.requires_grad_(False)
@@ -174,15 +237,17 @@ def test_without_need_of_them_no_gradients_are_computed(device, backend, fresh_s
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-def test_torch_compile_sees_one_graph(device, fresh_seed, compiler, dtype):
+@pytest.mark.parametrize("known", [False, True])
+def test_torch_compile_sees_one_graph(device, fresh_seed, compiler, dtype, known):
     torch._dynamo.reset()
     example = make(device, dtype=dtype)
+    kept = (example[2] != PAD).nonzero().squeeze(1) if known else None
     expected = results(example, "chunked", rows=1000)
     hidden, weight = (x.clone().requires_grad_() for x in example[:2])
 
     @torch.compile(backend=compiler, fullgraph=True)
     def compiled(hidden, weight):
-        return linear_cross_entropy(hidden, weight, example[2], ignore_index=PAD)
+        return linear_cross_entropy(hidden, weight, example[2], ignore_index=PAD, kept_K=kept)
 
     loss, accuracy = compiled(hidden, weight)
     loss.backward()
@@ -235,9 +300,11 @@ def test_small_probabilities_keep_their_digits_in_fp16(device, backend):
 
 def test_the_operator_is_registered_as_torch_library_wants_it(device, backend, fresh_seed):
     hidden, weight, target = make(device)
-    arguments = (hidden.requires_grad_(), weight.requires_grad_(), target, PAD, 0.0, 0.0, 1000, backend == "triton")
-    arguments += (True, True)
-    torch.library.opcheck(torch.ops.mug.linear_cross_entropy, arguments, test_utils=("test_schema", "test_faketensor"))
+    inputs = (hidden.requires_grad_(), weight.requires_grad_(), target)
+    for kept, budget in [(None, 1000), ((target != PAD).nonzero().squeeze(1), None)]:
+        arguments = (*inputs, kept, PAD, 0.0, 0.0, budget, backend == "triton", True, True)
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(torch.ops.mug.linear_cross_entropy, arguments, test_utils=checks)
 
 
 def test_what_is_wrong_is_named():
@@ -253,6 +320,24 @@ def test_what_is_wrong_is_named():
         with pytest.raises(ValueError, match=f"target holds {value}, the vocabulary has 61"):
             linear_cross_entropy(hidden, weight, target, ignore_index=PAD)
     assert math.isfinite(linear_cross_entropy(hidden, weight, target, ignore_index=61)[0].item())
+
+
+@pytest.mark.parametrize("backend", ["auto", "chunked", "reference"])
+def test_rows_to_keep_that_disagree_with_the_targets_are_named(backend):
+    hidden, weight, target = make("cpu")
+    kept = (target != PAD).nonzero().squeeze(1)
+    options = {"ignore_index": PAD, "backend": backend}
+    for wrong in (kept[1:], torch.cat([kept, kept[:1]]), torch.arange(23), kept - 100):
+        with pytest.raises(ValueError, match=f"kept must name the {len(kept)} rows whose target is not {PAD}"):
+            linear_cross_entropy(hidden, weight, target, kept_K=wrong, **options)
+    for wrong in (kept.int(), kept[None]):
+        with pytest.raises(ValueError, match=r"kept is torch.int\d\d \[.*\], not torch.int64 of one dimension"):
+            linear_cross_entropy(hidden, weight, target, kept_K=wrong, **options)
+    with pytest.raises(ValueError, match="kept is on meta, target on cpu"):
+        linear_cross_entropy(hidden, weight, target, kept_K=kept.to("meta"), **options)
+    expected = linear_cross_entropy(hidden, weight, target, **options)
+    permuted = kept[torch.randperm(len(kept))]
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, target, kept_K=permuted, **options), expected)
 
 
 @needs_interpreter

@@ -189,3 +189,15 @@ def test_patch_statistics_are_unbiased_with_eps_inside_the_root():
     mean, std = patch_statistics(x)
     torch.testing.assert_close(mean, torch.tensor([[[3.0], [4.0]]]))
     torch.testing.assert_close(std, torch.tensor([[[(7 + 1e-6) ** 0.5], [1e-3]]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 192), (1, 5, 588), (4, 12), (2, 1, 3)], ids=str)
+def test_normalize_channels_rounds_as_constants_of_fp32_do_and_copies_none(monkeypatch, shape, dtype):
+    pixels = torch.randint(0, 256, shape)
+    patches = pixels.to(dtype) if dtype == torch.uint8 else (pixels / 255).to(dtype)
+    scale = 255 if dtype == torch.uint8 else 1
+    mean, std = (torch.tensor(x) * scale for x in (MEAN, STD))
+    expected = ((patches.float().unflatten(-1, (-1, 3)) - mean) / std).flatten(-2)
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("copied from the host"))
+    assert torch.equal(normalize_channels(patches, MEAN, STD), expected)

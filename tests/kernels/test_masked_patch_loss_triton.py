@@ -2,7 +2,9 @@
 
 import logging
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -334,3 +336,66 @@ def test_wrong_values_are_named_on_cpu():
     case.counts = torch.tensor([1])
     with pytest.raises(ValueError, match=r"counts has shape \(1,\), expected \(2,\)"):
         case.loss(backend="reference")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("patch_size", [8, 16])
+def test_pixels_that_are_not_on_whole_words_and_many_turns_of_the_loop(device, fresh_seed, patch_size, dtype):
+    case = make(device, patch_size, dtype, B=7, M=5, counts=torch.tensor([5, 0, 3, 5, 1, 5, 4], device=device))
+    expected = case.loss_and_gradient("triton", 3.0)
+    buffer = case.image.new_empty(case.image.numel() + 1)
+    case.image = buffer[1:].view(case.image.shape).copy_(case.image)
+    assert case.image.data_ptr() % 4
+    loss, gradient = case.loss_and_gradient("triton", 3.0)
+    assert torch.equal(loss, expected[0]) and torch.equal(gradient, expected[1])
+    torch.testing.assert_close(gradient.double(), case.exact(3.0)[1], atol=1e-4, rtol=2e-3)
+
+
+def test_as_many_programs_as_a_gpu_holds(device, monkeypatch):
+    from mug.kernels import masked_patch_loss_triton as kernels
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    for patch_size, rows, expected in [(16, 37632, 2112), (16, 100, 100), (8, 37633, 2112), (8, 5, 2), (32, 9408, 528)]:
+        tile = kernels.tile(patch_size, torch.bfloat16)
+        assert kernels._programs(torch.device("cuda", 1), rows, tile) == expected
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(device, fresh_seed, monkeypatch):
+    """Triton launches on the current device, which need not be the tensors'."""
+    from mug.kernels import linear_cross_entropy_triton, masked_patch_loss_triton
+
+    inside, launched = [], []
+
+    @contextmanager
+    def device_of(x):
+        inside.append(x.device)
+        yield
+        inside.pop()
+
+    class Watched:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            launched.append((self.name, *inside))
+            return self.kernel[grid]
+
+    def watch(module, name):
+        monkeypatch.setattr(module, name, Watched(name, getattr(module, name)))
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    watch(masked_patch_loss_triton, "_loss_kernel")
+    watch(masked_patch_loss_triton, "_scale_kernel")
+    watch(linear_cross_entropy_triton, "_loss_kernel")
+    case = make(device)
+    case.loss_and_gradient("triton", 3.0)
+    linear_cross_entropy_triton.loss_to_gradient_(
+        torch.randn(2, 64, device=device), torch.tensor([0, 63], device=device), 0.0, 0.0, 1.0, True
+    )
+    assert launched == [(name, case.image.device) for name in ("_loss_kernel", "_scale_kernel", "_loss_kernel")]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_another_device_than_the_current_one(device, fresh_seed):
+    case = make("cuda:1", 16, torch.bfloat16)
+    assert_as_near_as_eager(case, grad_output=3.0)
