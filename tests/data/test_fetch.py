@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 from faulty_server import Server, broken, etag, files, short, status
 
-from mug.data import cache as cache_module
-from mug.data import fetch as fetch_module
-from mug.data import remote
-from mug.data.cache import PART, DiskCache
 from mug.data.errors import DataError
-from mug.data.fetch import Fetch, FetchConfig
-from mug.data.remote import Shard
+from mug.data.store import disk_cache as cache_module
+from mug.data.store import fetch as fetch_module
+from mug.data.store import remote
+from mug.data.store.disk_cache import PART, DiskCache
+from mug.data.store.fetch import Fetch, FetchConfig
+from mug.data.store.remote import Shard
 
 SIZE = 100_000
 
@@ -73,7 +73,7 @@ def eventually(condition, seconds: float = 10.0) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"remote": "copy"}, {"cache_gb": 0}, {"cache_gb": float("nan")}, {"ahead": -1}, {"retry_seconds": -1}]
+    "wrong", [{"remote": "copy"}, {"cache_gb": 0}, {"cache_gb": float("nan")}, {"prefetch": -1}, {"retry_seconds": -1}]
 )
 def test_a_wrong_setting_is_named(wrong):
     with pytest.raises(DataError, match=rf"^data\.{next(iter(wrong))} is [^\n]*: give [^\n]*$"):
@@ -107,7 +107,7 @@ def test_a_local_shard_of_another_size_is_named_when_opened(tmp_path, size):
     fetch = local_fetch(tmp_path)
     (tmp_path / "1.tar").write_bytes(bytes(size))
     for _ in range(2):
-        with pytest.raises(DataError, match=rf"1\.tar'.* has {size:,} bytes, the index says 100,000.*index_shards"):
+        with pytest.raises(DataError, match=rf"1\.tar'.* has {size:,} bytes, but 100,000 in the index.*index_shards"):
             fetch.read(1, 0, 0)
     assert fetch.read(0, 1, 2) == contents(0)[1:3]
 
@@ -116,7 +116,7 @@ def test_a_local_shard_that_shrinks_later_is_named(tmp_path):
     fetch = local_fetch(tmp_path)
     assert fetch.read(1, SIZE - 1, 1) == contents(1)[-1:]
     os.truncate(tmp_path / "1.tar", 10)
-    with pytest.raises(DataError, match=r"1\.tar'.*ends before byte 100,000.*index_shards"):
+    with pytest.raises(DataError, match=r"1\.tar'.*has 10 bytes, but 100,000 in the index.*index_shards"):
         fetch.read(1, SIZE - 1, 1)
 
 
@@ -195,13 +195,13 @@ def test_a_remote_shard_is_fetched_once_and_whole(server, tmp_path):
 
 def test_another_etag_is_another_file(server, tmp_path):
     remote_fetch(server, tmp_path).read(0, 0, 1)
-    with pytest.raises(DataError, match=r"0\.tar': its ETag is .*, the index says \"other\".*index_shards"):
+    with pytest.raises(DataError, match=r"0\.tar': its ETag is .*, but \"other\" in the index.*index_shards"):
         remote_fetch(server, tmp_path, etags='"other"').read(0, 0, 1)
     assert len(names(tmp_path)) == 1
 
 
 def test_the_longest_unused_go_and_the_total_stays_bounded(server, tmp_path):
-    fetch = remote_fetch(server, tmp_path, cache_gb=gigabytes(3.5), ahead=0)
+    fetch = remote_fetch(server, tmp_path, cache_gb=gigabytes(3.5), prefetch=0)
     for shard in (0, 1, 2, 0, 3):  # 3 takes the place of 1
         assert fetch.read(shard, 0, SIZE) == contents(shard)
         assert sum(entry.stat().st_size for entry in os.scandir(tmp_path)) <= 3.5 * SIZE
@@ -215,7 +215,7 @@ def test_the_longest_unused_go_and_the_total_stays_bounded(server, tmp_path):
 
 def test_shards_on_their_way_count(server, tmp_path):
     server.always["GET", "/0.tar"] = broken("stall")
-    fetch = remote_fetch(server, tmp_path, cache_gb=gigabytes(2), ahead=1, retry_seconds=60.0)
+    fetch = remote_fetch(server, tmp_path, cache_gb=gigabytes(2), prefetch=1, retry_seconds=60.0)
     fetch.prefetch([0])
     eventually(lambda: len(names(tmp_path)) == 1)
     for shard in (1, 2, 3):
@@ -225,10 +225,10 @@ def test_shards_on_their_way_count(server, tmp_path):
 
 
 def test_what_is_wanted_next_stays(server, tmp_path):
-    fetch = remote_fetch(server, tmp_path, cache_gb=gigabytes(2), ahead=1)
-    fetch.prefetch([7, 6])  # 6 is beyond `ahead`
+    fetch = remote_fetch(server, tmp_path, cache_gb=gigabytes(2), prefetch=1)
+    fetch.prefetch([7, 6])  # 6 is beyond `prefetch`
     eventually(lambda: len(names(tmp_path)) == 1 and not names(tmp_path)[0].endswith(PART))
-    other = remote_fetch(server, tmp_path, cache_gb=gigabytes(2), ahead=0)
+    other = remote_fetch(server, tmp_path, cache_gb=gigabytes(2), prefetch=0)
     for shard in (0, 1, 2):
         assert other.read(shard, 0, SIZE) == contents(shard)
     server.requests.clear()
@@ -243,7 +243,7 @@ def test_what_is_wanted_next_stays(server, tmp_path):
 
 def test_too_small_a_cache_is_slow_but_right(server, tmp_path, caplog):
     """Each pins a shard, and together they need more than there is room for: nobody waits for the other."""
-    first, second = (remote_fetch(server, tmp_path, cache_gb=gigabytes(1), ahead=1) for _ in range(2))
+    first, second = (remote_fetch(server, tmp_path, cache_gb=gigabytes(1), prefetch=1) for _ in range(2))
     for shard in (0, 2, 4):
         first.prefetch([shard])
         second.prefetch([shard + 1])
@@ -251,7 +251,7 @@ def test_too_small_a_cache_is_slow_but_right(server, tmp_path, caplog):
         assert second.read(shard + 1, 0, SIZE) == contents(shard + 1)
     eventually(lambda: not any(name.endswith(PART) for name in names(tmp_path)))
     assert len(names(tmp_path)) == 1
-    assert "too few for the shards in use" in caplog.text
+    assert "too small for the shards in use" in caplog.text
 
 
 def test_a_shard_larger_than_the_cache_is_named(server, tmp_path):
@@ -266,7 +266,7 @@ def test_eviction_during_reads_changes_no_byte(server, tmp_path):
     wrong, done = [], []
 
     def read(seed):
-        fetch = remote_fetch(server, tmp_path, cache_gb=gigabytes(2), ahead=0, retry_seconds=30.0)
+        fetch = remote_fetch(server, tmp_path, cache_gb=gigabytes(2), prefetch=0, retry_seconds=30.0)
         for shard in np.random.default_rng(seed).integers(5, size=12).tolist():
             if fetch.read(shard, 0, SIZE) != contents(shard):
                 wrong.append(shard)
@@ -284,12 +284,12 @@ def test_eviction_during_reads_changes_no_byte(server, tmp_path):
 def test_an_evicted_file_can_be_read_on(tmp_path):
     disk = DiskCache(tmp_path, SIZE)
     old, new = (Shard(f"s3://bucket/{name}.tar", SIZE, "") for name in "ab")
-    part = disk.claim(old, force=False)
+    part = disk.reserve(old, force=False)
     disk.write(part, contents(0))
     held = disk.commit(old, part)
-    with pytest.raises(cache_module.NoRoom):
-        disk.claim(new, force=False)
-    assert disk.claim(new, force=True) is not None
+    with pytest.raises(cache_module.CacheFull):
+        disk.reserve(new, force=False)
+    assert disk.reserve(new, force=True) is not None
     assert disk.open(old) is None
     assert held.read(0, SIZE) == contents(0)
 
@@ -301,7 +301,7 @@ def test_a_damaged_cache_file_is_fetched_anew(server, tmp_path):
 
 @pytest.mark.parametrize("helps", [True, False])
 def test_a_full_disk_costs_old_shards_first(server, tmp_path, monkeypatch, helps):
-    fetch = remote_fetch(server, tmp_path, ahead=0)
+    fetch = remote_fetch(server, tmp_path, prefetch=0)
     for shard in range(3):
         fetch.read(shard, 0, 1)
     write = os.write
@@ -341,7 +341,7 @@ def test_an_error_in_the_background_reaches_its_reader_alone(server, tmp_path):
 def test_several_are_fetched_ahead_in_order_and_no_more(server, tmp_path):
     for shard in range(8):
         server.always["GET", f"/{shard}.tar"] = broken("stall")
-    fetch = remote_fetch(server, tmp_path, ahead=3, retry_seconds=60.0)
+    fetch = remote_fetch(server, tmp_path, prefetch=3, retry_seconds=60.0)
     fetch.prefetch([5, 4, 3, 2])
     eventually(lambda: len({path for _, path, _ in server.requests}) == 3)
     time.sleep(0.3)
@@ -366,7 +366,7 @@ def test_a_backend_that_hangs_does_not_hang_the_reader(server, tmp_path, monkeyp
 READ = """
 import hashlib, sys
 from pathlib import Path
-from mug.data.fetch import Fetch, FetchConfig
+from mug.data.store.fetch import Fetch, FetchConfig
 url, folder, count, size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 fetch = Fetch([f"{url}/{i}.tar" for i in range(count)], [size] * count, [""] * count, folder, FetchConfig())
 print("ready", flush=True)
@@ -427,7 +427,7 @@ def test_what_a_killed_process_left_is_cleared_or_fetched_by_another(server, tmp
 def test_a_start_clears_what_a_crash_left(tmp_path):
     disk = DiskCache(tmp_path, 10 * SIZE)
     shards = [Shard(f"s3://bucket/{name}.tar", SIZE, "") for name in "ab"]
-    parts = [disk.claim(shard, force=False) for shard in shards]
+    parts = [disk.reserve(shard, force=False) for shard in shards]
     parts[0].lock(fcntl.LOCK_UN)
     (tmp_path / "mine.part").write_text("not a shard")
     DiskCache(tmp_path, 10 * SIZE)
@@ -532,7 +532,7 @@ def test_what_no_retry_mends_is_said_at_once(server, tmp_path, code, text, range
 def test_a_shard_that_changed_is_named(server, tmp_path, ranged):
     fetch = remote_fetch(server, tmp_path, remote="ranged" if ranged else "cache")
     fetch._sizes = [SIZE + 1] * 8
-    with pytest.raises(DataError, match=r"0\.tar': it has 100,000 bytes, the index says 100,001.*run index_shards"):
+    with pytest.raises(DataError, match=r"0\.tar': it has 100,000 bytes, but 100,001 in the index.*rerun index_shards"):
         fetch.read(0, 0, 1)
     assert names(tmp_path) == []
 
@@ -557,7 +557,7 @@ def test_a_server_without_ranges_is_read_from_the_start(tmp_path, says_so):
     with Server(without) as server:
         server.faults["GET", "/0.tar"] += [broken("close")]
         assert remote_fetch(server, tmp_path).read(0, 0, SIZE) == contents(0)
-        with pytest.raises(DataError, match=r"0\.tar'.*whole files only: set data\.remote to cache"):
+        with pytest.raises(DataError, match=r"0\.tar'.*only complete files: set data\.remote to cache"):
             remote_fetch(server, None, remote="ranged").read(0, SIZE // 2, 10)
 
 
@@ -619,7 +619,7 @@ def test_no_secret_in_a_message_or_log(server, tmp_path, code, caplog):
     with pytest.raises(DataError, match=r"/0\.tar'") as caught:
         fetch.read(0, 0, 1)
     assert "hunter2" not in str(caught.value) + caplog.text
-    assert "hunter2" not in remote.reason(OSError(f"cannot open {secret} now"))
+    assert "hunter2" not in remote.summarize(OSError(f"cannot open {secret} now"))
 
 
 def test_an_extra_that_is_named_where_a_package_lacks_is_one_of_setup_py(monkeypatch):

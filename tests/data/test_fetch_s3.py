@@ -11,17 +11,20 @@ from pathlib import Path
 import boto3
 import numpy as np
 import pytest
-import s3fs
 from faulty_server import Fault, Server, broken, etag, fine, proxy, short, status
 from moto.server import ThreadedMotoServer
 
-from mug.data import fetch as fetch_module
-from mug.data import remote
-from mug.data.build import index_for
+from mug.data.builders.writers import write_tar
 from mug.data.config import DataConfig
 from mug.data.errors import DataError
-from mug.data.fetch import Fetch, FetchConfig
-from mug.data.stream import Share, open_train
+from mug.data.index.build import build_index, index_for
+from mug.data.kinds.samples import Shape
+from mug.data.mixture import StreamConfig, open_stream
+from mug.data.store import fetch as fetch_module
+from mug.data.store import remote
+from mug.data.store.expand import read_beside
+from mug.data.store.fetch import Fetch, FetchConfig
+from mug.data.stream import BatchShard
 
 SIZE = 200_000
 PIECE = 60_000
@@ -63,7 +66,7 @@ def server(moto, monkeypatch):
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        s3fs.S3FileSystem.clear_instance_cache()  # of another server
+        remote.stores_of.cache_clear()  # of another server
         yield server
 
 
@@ -109,7 +112,7 @@ def test_a_broken_transfer_goes_on_where_it_was(server, moto, tmp_path, fault):
 @pytest.mark.parametrize("ranged", [True, False])
 def test_another_etag_is_named_at_once(server, moto, tmp_path, ranged):
     server.always["HEAD", "/bucket/0.tar"] = etag('"of another version"')
-    with pytest.raises(DataError, match=r"^shard 's3://bucket/0\.tar': its ETag is .*run index_shards again$"):
+    with pytest.raises(DataError, match=r"^shard 's3://bucket/0\.tar': its ETag is .*rerun index_shards$"):
         make(moto, tmp_path, remote="ranged" if ranged else "cache").read(0, 0, 1)
     assert not server.ranges("/bucket/0.tar")
     assert not list(tmp_path.iterdir())
@@ -196,7 +199,7 @@ def test_no_read_is_lost_or_wrong_under_any_faults(server, moto, tmp_path, range
     right = []
 
     def read(order):
-        options = {"remote": "ranged" if ranged else "cache", "cache_gb": 3 * SIZE / 1e9, "ahead": 1}
+        options = {"remote": "ranged" if ranged else "cache", "cache_gb": 3 * SIZE / 1e9, "prefetch": 1}
         fetch = make(moto, tmp_path, **options)
         for i, shard in enumerate(order):
             fetch.prefetch(order[i + 1 :])
@@ -216,9 +219,10 @@ WORKER = """
 import sys
 from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
-from mug.data.fetch import Fetch, FetchConfig
-from mug.data.stream import Share, open_train
-from mug.data.loader import worker_settings
+from mug.data.store.fetch import Fetch, FetchConfig
+from mug.data.store.expand import read_beside
+from mug.data.workers import worker_settings
+from mug.data.builders.writers import write_tar
 
 class Samples(Dataset):
     def __init__(self, fetch, size): self.fetch, self.size = fetch, size
@@ -272,7 +276,8 @@ def steps_of(shards: str, tokenizer: Path, folder: Path, remote: str = "cache") 
     config = DataConfig(
         shards=shards, tokenizer=str(tokenizer), cache=str(folder / "cache"), workers=0, remote=remote, retry_seconds=20
     )
-    streams = [open_train(config, 0, image_size=16, text_length=8, share=Share(24, 6, rank, 2)) for rank in range(2)]
+    shape = Shape(image_size=16, text_length=8)
+    streams = [open_stream({"s3": StreamConfig(config)}, 0, shape, BatchShard(24, 6, rank, 2)) for rank in range(2)]
     return [
         [
             (int(position), image.numpy().tobytes(), tuple(tokens.tolist()))
@@ -282,3 +287,35 @@ def steps_of(shards: str, tokenizer: Path, folder: Path, remote: str = "cache") 
         ]
         for ranks in itertools.islice(zip(*streams, strict=True), 5)
     ]
+
+
+@pytest.mark.parametrize("code", [403, 404, 401])
+def test_rights_to_get_but_not_to_list_are_enough(server, moto, tmp_path, code):
+    """For a key that is not there such a store answers 403: the optional counts next to a shard are absent."""
+    member = tmp_path / "shard.tar"
+    write_tar(member, [("k.png", b"image"), ("k.txt", b"text")])
+    boto3.client("s3", endpoint_url=moto[0]).put_object(Bucket="bucket", Key="rights.tar", Body=member.read_bytes())
+    for method in ("HEAD", "GET"):
+        server.always[method, "/bucket/rights_stats.json"] = status(code, "AccessDenied")
+    server.always["GET", "/bucket"] = status(403, "AccessDenied")  # a listing
+    (shard,) = build_index(["s3://bucket/rights.tar"], tmp_path / "index", 0)
+    assert (shard.failure, shard.count) == ("", 1)
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_a_busy_store_is_asked_again_by_who_indexes(server, moto, tmp_path, method):
+    path = tmp_path / "shard.tar"
+    write_tar(path, [("k.png", b"image"), ("k.txt", b"text")])
+    boto3.client("s3", endpoint_url=moto[0]).put_object(Bucket="bucket", Key="busy.tar", Body=path.read_bytes())
+    server.faults[method, "/bucket/busy.tar"] += [status(503, "SlowDown")] * 2
+    (shard,) = build_index(["s3://bucket/busy.tar"], tmp_path / "index", 0)
+    assert (shard.failure, shard.count) == ("", 1)
+    assert not server.faults[method, "/bucket/busy.tar"]
+
+
+def test_a_store_that_fails_for_the_counts_is_asked_again_not_believed(server, moto, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "INDEX_SECONDS", 0.5)
+    for method in ("HEAD", "GET"):
+        server.always[method, "/bucket/0_stats.json"] = status(500, "InternalError")
+    with pytest.raises(DataError, match=r"gave up after 0\.5 s .*, then rerun$"):
+        read_beside("s3://bucket/0.tar", "0_stats.json")

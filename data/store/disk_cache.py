@@ -1,7 +1,7 @@
-"""Whole shards on this machine's disk, shared by all its processes and bounded in bytes.
+"""Complete shards on this machine's disk, shared by all its processes and bounded in bytes.
 
-In the folder, NAME is a whole shard and NAME.part one that is on its way. Who writes a part holds its lock, who
-reads a whole shard or wants it next holds a share of its lock, and who changes the list of names holds the folder's.
+In the folder, NAME is a complete shard and NAME.part one being fetched. The writer of a part holds its lock, a reader
+of a complete shard, or one that wants it next, holds a share of its lock, and a change of names holds the folder's.
 All locks are the kernel's (flock), so they end with their process, and a part without a lock is what a crash left.
 """
 
@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mug.data.errors import DataError
-from mug.data.remote import LOG_SECONDS, Shard
+from mug.data.store.remote import LOG_SECONDS, Shard, unsigned
 
 PART = ".part"
 NAME = re.compile(r"[0-9a-f]{32}-[0-9]+(\.part)?")
-TOUCH_SECONDS = 5.0  # how exactly the order of use is known
+TOUCH_SECONDS = 5.0  # resolution of the times of use
 
 log = logging.getLogger("mug")
 
@@ -37,10 +37,10 @@ class Descriptor:
             os.close(self.number)
 
     def read(self, offset: int, length: int) -> bytes:
-        return os.pread(self.number, length, offset)  # a caller that took the number alone might let go of the file
+        return os.pread(self.number, length, offset)  # a caller with the number alone might lose the file
 
     def lock(self, kind: int) -> bool:
-        """flock; False where LOCK_NB is in `kind` and another holds the lock."""
+        """Call flock; False where LOCK_NB is in `kind` and another holds the lock."""
         try:
             fcntl.flock(self.number, kind)
         except BlockingIOError:
@@ -48,8 +48,8 @@ class Descriptor:
         return True
 
 
-class NoRoom(Exception):
-    """The cache is full of shards that are on their way, being read or wanted next."""
+class CacheFull(Exception):
+    """The cache is full of shards that are being fetched or read, or wanted next."""
 
 
 class DiskCache:
@@ -65,16 +65,17 @@ class DiskCache:
         self._warned = -LOG_SECONDS
         with self._disk():
             folder.mkdir(parents=True, exist_ok=True)
-            with self._alone():
+            with self._folder_lock():
                 self._clear()
 
     def path(self, shard: Shard) -> Path:
-        """Where the whole shard is, or would be. Another size or ETag has another name."""
-        digest = hashlib.sha256(f"{shard.url}\n{shard.etag}".encode()).hexdigest()[:32]
+        """Returns the path of the complete shard. Another content has another name, another signature has not."""
+        content = f"{unsigned(shard.url)}\n{shard.etag}" if shard.etag else f"{shard.url}\n{shard.mark}"
+        digest = hashlib.sha256(content.encode()).hexdigest()[:32]
         return self.folder / f"{digest}-{shard.size}"
 
     def open(self, shard: Shard) -> Descriptor | None:
-        """The whole shard, kept from eviction while the descriptor lives; None where it is not in the cache."""
+        """Opens the complete shard, kept from eviction while the descriptor exists; None where it is not cached."""
         with self._disk():
             try:
                 file = Descriptor(self.path(shard))
@@ -84,38 +85,38 @@ class DiskCache:
             now = os.fstat(file.number)
             if now.st_nlink == 0:  # evicted between the two calls
                 return None
-            if now.st_size != shard.size:  # something else than this program has been at it
+            if now.st_size != shard.size:  # something else than this program has changed it
                 self.path(shard).unlink(missing_ok=True)
                 return None
             if time.time() - now.st_mtime > TOUCH_SECONDS:
                 os.utime(file.number)
             return file
 
-    def claim(self, shard: Shard, force: bool) -> Descriptor | None:
-        """An empty part for the shard, locked by this process; None while another one writes it, or has just done so.
+    def reserve(self, shard: Shard, force: bool) -> Descriptor | None:
+        """Returns an empty part for the shard, locked by this process; None while another one writes it, or just has.
 
         Raises:
-            NoRoom: nothing may be evicted that would make room. With `force` that is only so where the parts of
+            CacheFull: nothing may be evicted that would make room. With `force` that is only so where the parts of
                 others take it all: of the shards that are being read or wanted next, the longest unused lose
-                their names, and who has them open reads on.
+                their names; open descriptors stay readable.
         """
         if shard.size > self.limit:
             raise DataError(
                 f"{shard} has {shard.size / 1e9:.2f} GB, more than data.cache_gb {self.limit / 1e9:g}: raise it"
             )
         path = self.path(shard)
-        with self._disk(), self._alone():
+        with self._disk(), self._folder_lock():
             self._clear()
             if path.exists() or _part(path).exists():
                 return None
             if not self._make_room(shard.size, force):
-                raise NoRoom
+                raise CacheFull
             part = Descriptor(_part(path), os.O_RDWR | os.O_CREAT | os.O_EXCL)
             part.lock(fcntl.LOCK_EX)
             return part
 
     def write(self, part: Descriptor, data: bytes) -> None:
-        """Append to a part. A full disk costs the longest unused shards."""
+        """Append to a part. A full disk evicts the least recently used shards."""
         rest = memoryview(data)
         while rest:
             with self._disk():
@@ -131,37 +132,42 @@ class DiskCache:
             os.ftruncate(part.number, 0)
             os.lseek(part.number, 0, os.SEEK_SET)
 
-    def arrived(self, shard: Shard) -> int:
-        """Bytes of the shard's part, whoever writes it; 0 where there is none."""
+    def bytes_received(self, shard: Shard) -> int:
+        """Returns the bytes of the shard's part, whichever process writes it; 0 where there is none."""
         try:
             return _part(self.path(shard)).stat().st_size
         except FileNotFoundError:
             return 0
 
     def commit(self, shard: Shard, part: Descriptor) -> Descriptor:
-        """Make a full part the whole shard; it is kept from eviction while the descriptor lives."""
+        """Rename a complete part to the shard; it is kept from eviction while the descriptor exists."""
         with self._disk():
             os.fsync(part.number)
-            with self._alone():  # to the kernel a change of lock is a moment without one
+            with self._folder_lock():  # the kernel changes a lock by releasing it for a moment
                 _part(self.path(shard)).rename(self.path(shard))
                 part.lock(fcntl.LOCK_SH)
         return part
 
-    def abandon(self, shard: Shard, part: Descriptor) -> None:
-        """Remove a part that this process has claimed."""
+    def discard(self, shard: Shard, part: Descriptor) -> None:
+        """Remove a part that this process has reserved."""
         with self._disk():
             if os.fstat(part.number).st_nlink:
                 _part(self.path(shard)).unlink()
 
+    def forget(self, shard: Shard) -> None:
+        """Remove a complete shard that is damaged."""
+        with self._disk():
+            self.path(shard).unlink(missing_ok=True)
+
     def _clear(self) -> None:
-        """Remove the parts that nobody writes any more. The folder is locked."""
+        """Remove the parts that no process writes any more. The folder is locked."""
         for path in self._files():
             if path.suffix == PART:
                 _unlink(path)
 
     def _evict(self, size: int) -> bool:
-        """Whether anything was removed, longest unused first, to free `size` bytes of the disk."""
-        with self._alone():
+        """Evict, least recently used first, to free `size` bytes of the disk; returns whether anything was removed."""
+        with self._folder_lock():
             files = self._files()
             held = sum(_bytes(path) for path in files)
             self._remove(files, held, max(0, held - size), force=True)
@@ -173,10 +179,10 @@ class DiskCache:
         return self._remove(files, sum(_bytes(path) for path in files), self.limit - size, force) <= self.limit - size
 
     def _remove(self, files: list[Path], held: int, goal: int, force: bool) -> int:
-        """Remove whole shards until no more than `goal` of the `held` bytes are left; what is left is returned."""
-        whole = [path for path in files if path.suffix != PART]
+        """Remove complete shards until no more than `goal` of the `held` bytes are left; returns what is left."""
+        complete = [path for path in files if path.suffix != PART]
         for forced in (False, True)[: 1 + force]:
-            for path in whole:
+            for path in complete:
                 if held <= goal:
                     return held
                 if _unlink(path, forced):
@@ -189,21 +195,21 @@ class DiskCache:
         if time.monotonic() - self._warned >= LOG_SECONDS:
             self._warned = time.monotonic()
             log.warning(
-                "cache folder '%s': %g GB are too few for the shards in use at one time, so some are fetched again "
-                "and again: make room, raise data.cache_gb or lower data.ahead",
+                "cache folder '%s' of %g GB is too small for the shards in use; shards are being downloaded again and "
+                "again: free disk space, raise data.cache_gb or lower data.prefetch",
                 self.folder,
                 self.limit / 1e9,
             )
 
     def _files(self) -> list[Path]:
-        """Shards and parts, the longest unused first."""
+        """Returns shards and parts, the least recently used first."""
         with os.scandir(self.folder) as entries:
             ages = [(entry.stat().st_mtime_ns, entry.name) for entry in entries if NAME.fullmatch(entry.name)]
         return [self.folder / name for _, name in sorted(ages)]
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the folder's lock: no other process or thread claims, clears or evicts."""
+    def _folder_lock(self) -> Iterator[None]:
+        """Hold the folder's lock: no other process or thread reserves, clears or evicts."""
         folder = Descriptor(self.folder, os.O_DIRECTORY)
         folder.lock(fcntl.LOCK_EX)
         try:
@@ -217,8 +223,8 @@ class DiskCache:
             yield
         except OSError as error:
             raise DataError(
-                f"cache folder '{self.folder}' cannot be used ({error.strerror}): make room, lower data.cache_gb or "
-                "set data.cache to another folder"
+                f"cache folder '{self.folder}' cannot be used ({error.strerror}): free space, lower data.cache_gb or "
+                "set data.cache to another directory"
             ) from error
 
 
@@ -227,12 +233,12 @@ def _part(path: Path) -> Path:
 
 
 def _bytes(path: Path) -> int:
-    """Bytes of a shard, or of a part when it will be whole: its name says it."""
+    """Returns the bytes of a shard, or of a part once complete, from its name."""
     return int(path.name.removesuffix(PART).rpartition("-")[2])
 
 
 def _unlink(path: Path, force: bool = False) -> bool:
-    """Remove a file, one that is locked only by `force`; whether it was removed. The folder is locked."""
+    """Remove a file, one that is locked only by `force`; returns whether it was removed. The folder is locked."""
     try:
         file = Descriptor(path)
     except FileNotFoundError:
