@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 from pictures import encode
-from test_stream import open_stream, take
+from test_stream import open_pairs, take
 
+from mug.data.builders.writers import Sample, write_shards
 from mug.data.config import DataConfig
-from mug.data.writers import Sample, write_shards
 
 
 def samples(count: int):
@@ -34,7 +34,7 @@ def test_the_same_batches_in_the_same_order(tmp_path, tokenizer_file, workers):
             language="en,de",
             workers=workers,
         )
-        taken[format] = take(open_stream(config, micro_batch=8), 7)  # over two epochs
+        taken[format] = take(open_pairs(config, micro_batch=8), 7)  # over two epochs
     assert taken["tar"] == taken["arrow"] == taken["parquet"]
     positions = [row[0] for row in itertools.chain(*taken["tar"])]
     assert positions == list(range(7 * 24))

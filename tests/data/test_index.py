@@ -21,12 +21,15 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from mug.data import build, samples
-from mug.data.build import build_index, index_for
+from mug.data.builders.writers import write_tar
+from mug.data.config import DataConfig
 from mug.data.errors import DataError
-from mug.data.index import Index
-from mug.data.sources import expand
-from mug.data.writers import write_tar
+from mug.data.index import build
+from mug.data.index import tar_samples as samples
+from mug.data.index.build import build_index, index_for
+from mug.data.index.index import Index
+from mug.data.reader import Reader
+from mug.data.store.expand import expand
 
 
 def names(patterns) -> list[str]:
@@ -95,6 +98,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def rows_file(folder: Path, shard: int) -> Path:
+    """The file that holds the rows of a shard."""
+    return folder / Index.open(folder).files[shard]
+
+
 def built(urls, out: Path, workers: int = 0) -> Index:
     shards = build_index([str(url) for url in urls], out, workers)
     assert [shard.failure for shard in shards] == [""] * len(urls)
@@ -125,9 +133,7 @@ def test_columns_are_views_of_the_file_and_their_types_are_as_said(tmp_path, mak
     index = built(make_shards(tmp_path / "tars", [5]), tmp_path / "index")
     rows = index.rows(0)
     types = {name: str(column.dtype) for name, column in vars(rows).items() if name != "keys"}
-    assert set(list(types.values())[:6]) == {"int64"}
-    assert types["key_hash"] == "uint64" and types["width"] == types["height"] == "int32"
-    assert types["format"] == "uint8" and types["flags"] == "uint16"
+    assert list(types.values()) == ["int64"] * 6
     assert not any(column.flags.owndata for name, column in vars(rows).items() if name != "keys")
     assert index.rows(0) is rows
 
@@ -161,7 +167,7 @@ def test_processes_build_what_one_does(tmp_path, make_shards):
 SLOW_BUILD = """
 import sys, time
 from pathlib import Path
-from mug.data.build import build_index
+from mug.data.index.build import build_index
 build_index(sys.argv[2:], Path(sys.argv[1]), 2, lambda done, shard: (print(done, flush=True), time.sleep(0.05)))
 """
 
@@ -212,13 +218,14 @@ def test_only_what_changed_is_scanned_anew(tmp_path, make_shards):
     paths = make_shards(tmp_path / "tars", [2] * 4)
     before = built(paths, tmp_path / "index").fingerprint
     write_tar(paths[2], [("new.png", b"image")])
-    os.truncate(tmp_path / "index" / "00001.arrow", 100)
+    os.truncate(rows_file(tmp_path / "index", 1), 100)
     shards = build_index([str(path) for path in paths], tmp_path / "index", 0)
     assert [shard.reused for shard in shards] == [True, False, False, True]
     assert Index.open(tmp_path / "index").counts_S.tolist() == [2, 2, 1, 2]
     assert Index.open(tmp_path / "index").fingerprint != before
     built(paths[:2], tmp_path / "index")
-    assert sorted(contents(tmp_path / "index")) == ["00000.arrow", "00001.arrow", "index.lock", "manifest.arrow"]
+    found = [name[:5] for name in sorted(contents(tmp_path / "index"))]
+    assert found == ["00000", "00001", "index", "manif"]  # what no manifest names is gone
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path, make_shards):
@@ -229,16 +236,38 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path, make_shards):
     assert (tmp_path / "shards" / "00000.arrow").read_bytes() == b"a shard of the user's"
 
 
-def test_shards_without_any_image_are_refused(tmp_path):
-    write_tar(tmp_path / "a.tar", [("1.txt", b"x")])
-    with pytest.raises(DataError, match="no images in 1 shards"):
+def test_shards_without_any_sample_are_refused(tmp_path):
+    write_tar(tmp_path / "a.tar", [("1.txt", b""), ("2.cls", b"x")])
+    with pytest.raises(DataError, match=r"no images or texts in 1 shards, '.*a\.tar' the first, which has files .txt"):
         build_index([str(tmp_path / "a.tar")], tmp_path / "index", 0)
+
+
+@pytest.mark.parametrize("kind", ["tar", "arrow", "parquet"])
+def test_shards_of_texts_are_indexed_and_read_where_no_image_is_needed(tmp_path, kind):
+    texts = [("a", b"one barn", b""), ("b", b"", b'{"captions": {"de": "Scheune"}}'), ("c", b"", b"")]
+    path = str(tmp_path / f"texts.{kind}")
+    if kind == "tar":
+        files = [(f"{k}.{e}", data) for k, *both in texts for e, data in zip(("txt", "json"), both, strict=True)]
+        write_tar(Path(path), [(name, data) for name, data in files if data or name == "c.txt"])
+    else:
+        table = pa.Table.from_pylist([{"key": key, "text": text, "json": meta} for key, text, meta in texts])
+        with pa.ipc.new_file(path, table.schema) if kind == "arrow" else pq.ParquetWriter(path, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(DataError, match=rf"no images in 1 shards, '.*texts\.{kind}' the first, which has .*t"):
+        index_for(path, tmp_path / "cache")
+    reader = Reader.open(path, DataConfig(cache=str(tmp_path / "cache")), images_needed=False)
+    assert [reader.index.key(0, row) for row in range(len(reader.index))] == ["a", "b"]
+    assert [reader.read(0, row) for row in range(2)] == [(b"", text, json) for _, text, json in texts[:2]]
+    left_out = {"keys without a text" if kind == "tar" else "rows without a text": [1, "'c'"]}
+    (shard,) = build_index([path], tmp_path / "index", 0)
+    assert shard.texts and {kind: [*one] for kind, one in shard.left_out.kinds.items()} == left_out
+    assert build_index([path], tmp_path / "index", 0)[0].reused
 
 
 def test_a_damaged_shard_is_named_and_the_others_are_indexed(tmp_path, make_shards):
     paths = make_shards(tmp_path / "tars", [2, 3, 2])
     whole = paths[1].read_bytes()
-    for data, reason in [(whole[:2000], "is cut short inside '"), (b"", "is empty"), (b"PK" * 999, "is no tar")]:
+    for data, reason in [(whole[:2000], "is cut short inside '"), (b"", "is empty"), (b"PK" * 999, "is not a tar")]:
         paths[1].write_bytes(data)
         shards = build_index([str(path) for path in paths], tmp_path / "index", 0)
         assert [bool(shard.failure) for shard in shards] == [False, True, False]
@@ -255,7 +284,7 @@ def test_a_damaged_shard_is_named_and_the_others_are_indexed(tmp_path, make_shar
     ("stats", "reason"),
     [
         ({"successes": 3, "count": 10}, ""),
-        ({"successes": 4}, "holds 3 samples, but train-00000_stats.json says 4"),
+        ({"successes": 4}, "holds 3 samples, but train-00000_stats.json has 4"),
         ({}, "damaged train-00000_stats.json"),
     ],
 )
@@ -291,9 +320,9 @@ def test_damaged_indexes_are_refused(tmp_path, make_shards, damage):
     elif damage == "noise":
         (index / "manifest.arrow").write_bytes(b"noise" * 100)
     elif damage == "other build":
-        shutil.copy(index / "00001.arrow", index / "00000.arrow")
+        shutil.copy(rows_file(index, 1), rows_file(index, 0))
     elif damage == "gone":
-        (index / "00000.arrow").unlink()
+        rows_file(index, 0).unlink()
     else:
         data = (index / "manifest.arrow").read_bytes()
         with pa.ipc.open_file(index / "manifest.arrow") as file:
@@ -325,7 +354,7 @@ def test_index_for_builds_once_and_again_when_a_shard_changes(tmp_path, make_sha
 
 def test_index_for_from_several_processes(tmp_path, make_shards):
     make_shards(tmp_path / "tars", [3, 4, 5])
-    script = "import sys; from pathlib import Path; from mug.data.build import index_for\n"
+    script = "import sys; from pathlib import Path; from mug.data.index.build import index_for\n"
     script += "print(index_for(sys.argv[1], Path(sys.argv[2])).fingerprint)"
     command = [sys.executable, "-c", script, f"{tmp_path}/tars/*.tar", tmp_path / "cache"]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -339,7 +368,7 @@ def remote_index(urls: list[str], local: list[Path], tmp_path: Path) -> Index:
     """The index of shards elsewhere, which must be that of the same shards here."""
     index, here = built(urls, tmp_path / "there"), built(local, tmp_path / "here")
     assert index.fingerprint == here.fingerprint and index.urls == urls
-    assert all(index.rows(i).width.tolist() == here.rows(i).width.tolist() for i in range(len(urls)))
+    assert all(index.rows(i).keys.equals(here.rows(i).keys) for i in range(len(urls)))
     assert not list((tmp_path / "there").glob("*.tmp"))
     return index
 
@@ -364,7 +393,7 @@ def test_shards_in_a_store(tmp_path, mixed_shards, monkeypatch, window):
     remote_index([f"memory://there/{path.name}" for path in mixed_shards], mixed_shards, tmp_path)
     store.pipe("/there/big_stats.json", b'{"successes": 7}')
     (shard,) = build_index(["memory://there/big.tar"], tmp_path / "other", 0)
-    assert shard.failure == "shard 'memory://there/big.tar' holds 6 samples, but big_stats.json says 7: fetch both anew"
+    assert shard.failure == "shard 'memory://there/big.tar' holds 6 samples, but big_stats.json has 7: fetch both again"
     (shard,) = build_index(["memory://there/none.tar"], tmp_path / "none", 0)
     assert "'memory://there/none.tar' does not exist" in shard.failure
 
@@ -436,3 +465,22 @@ def test_a_scan_does_not_depend_on_its_window(tmp_path, make_shards):
     data = path.read_bytes()
     scans = [samples.scan_tar(lambda o, n: data[o : o + n], len(data), window) for window in (1536, 4096, 2**23)]
     assert scans[0].rows.equals(scans[1].rows) and scans[0].rows.equals(scans[2].rows)
+
+
+@pytest.mark.parametrize(
+    "name", ["my photos", "a,b", "a, b", "set [1]", "b\u00e4ume \u6811", "50%", "what?", "end ", "*[x], y"]
+)
+def test_folders_with_spaces_and_signs_in_their_names(tmp_path, make_shards, name):
+    make_shards(tmp_path / name, [1, 1, 1])
+    names = [f"train-{i:05d}.tar" for i in range(3)]
+    for end in ("train-*.tar", "train-{00000..00002}.tar", "train-00000.tar"):
+        count = 1 if end == "train-00000.tar" else 3
+        assert expand(f"{tmp_path}/{name}/{end}") == [f"{tmp_path}/{name}/{n}" for n in names[:count]]
+
+
+def test_two_long_ranges_are_not_multiplied(tmp_path, make_shards):
+    make_shards(tmp_path / "a b", [1])
+    start = time.monotonic()
+    with pytest.raises(DataError, match="paths with spaces or commas are given alone"):
+        expand(f"{tmp_path}/a b/{{0000..9999}}.tar {tmp_path}/{{0000..9999}}.tar")
+    assert time.monotonic() - start < 1

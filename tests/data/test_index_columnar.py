@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -9,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mug.data.columnar import Groups, scan_columnar
 from mug.data.errors import DataError
-from mug.data.rows import IMAGE, JSON, PARTS, TEXT
-from mug.data.samples import scan_tar
+from mug.data.index import build, columnar
+from mug.data.index.columnar import Groups, scan_columnar
+from mug.data.index.rows import IMAGE, JSON, PARTS, TEXT
+from mug.data.index.tar_samples import scan_tar
 
 N = 40
 
@@ -102,13 +104,11 @@ def test_the_same_samples_in_every_format(tmp_path, kind, format, large):
             )
         )
     scan = scan_columnar(write(tmp_path / "shard", kind, table))
-    assert (scan.format, scan.left_out) == (format, N - len(KEPT))
+    assert (scan.format, scan.left_out.count) == (format, N - len(KEPT))
     assert read(tmp_path / "shard", scan) == EXPECTED
     data = as_tar()
     tar = scan_tar(lambda offset, length: data[offset : offset + length], len(data))
-    for column in ("key", "key_hash", "width", "height", "format", "flags"):
-        assert scan.rows[column].equals(tar.rows[column])
-    assert scan.rows["width"].to_pylist() == [Image.open(io.BytesIO(pair["jpg"])).size[0] for pair in KEPT]
+    assert scan.rows["key"].equals(tar.rows["key"])
 
 
 @pytest.mark.parametrize("kind", ["arrow", "arrow stream", "parquet"])
@@ -117,7 +117,7 @@ def test_images_of_hugging_face_datasets(tmp_path, kind):
     images = [{"bytes": b"0", "path": "0.jpg"}, None, {"bytes": None, "path": "2.jpg"}, {"bytes": b"333", "path": None}]
     table = pa.table({"image": images, "json": [{"i": i} for i in range(4)], "text": [f"t{i}" for i in range(4)]})
     scan = scan_columnar(write(tmp_path / "shard", kind, table))
-    assert scan.left_out == 2
+    assert scan.left_out.kinds == {"rows without an image": (2, "'000000001'")}
     assert read(tmp_path / "shard", scan) == [("000000000", b"0", b"t0", None), ("000000003", b"333", b"t3", None)]
 
 
@@ -131,7 +131,7 @@ def test_columns_as_img2dataset_writes_them(tmp_path, kind):
         {"jpg": b"d", "key": None, "caption": "D", "url": "u", "status": "success", "width": 1, "txt": ""},
     ]
     scan = scan_columnar(write(tmp_path / "shard", kind, pa.Table.from_pylist(rows)))
-    assert scan.left_out == 2
+    assert scan.left_out.kinds == {"rows without an image": (2, "'000000001'")}
     assert read(tmp_path / "shard", scan) == [("000000000", b"a", b"A", None), ("000000003", b"d", b"", None)]
 
 
@@ -153,7 +153,7 @@ def test_no_rows(tmp_path, kind):
 def test_cut_files_are_refused(tmp_path, kind, part):
     whole = write(tmp_path / "shard", kind, pa.Table.from_pylist(PAIRS)).read_bytes()
     (tmp_path / "shard").write_bytes(whole[: max(9, int(part * len(whole)))])
-    with pytest.raises(DataError, match="fetch or write it anew"):
+    with pytest.raises(DataError, match="fetch or rewrite it"):
         scan_columnar(tmp_path / "shard")
 
 
@@ -199,3 +199,42 @@ def test_groups_keep_to_their_limit(tmp_path):
     assert [key[2] for key in groups.decoded] == [2, 0]
     with pytest.raises(DataError, match="group 0, row 15"):
         groups.read(path, IMAGE, 0, 15)
+
+
+def groups_of(path, images: pa.Array | pa.ChunkedArray, rows: int, **options) -> Path:
+    table = pa.table({"image": images, "caption": [f"a hill {i}" for i in range(len(images))]})
+    pq.write_table(table, path, row_group_size=rows, **options)
+    return path
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_a_row_group_that_cannot_be_read_as_one_is_refused(tmp_path, monkeypatch, dictionary):
+    monkeypatch.setattr(columnar, "MAX_GROUP", 40_000)  # of 2 GiB
+    monkeypatch.setattr(columnar, "BATCH", 8)
+    images = pa.array([picture(0) + bytes(2000)] * 32)
+    path = groups_of(tmp_path / "a.parquet", images, 1000, use_dictionary=dictionary, compression="zstd")
+    with pytest.raises(DataError, match=r"holds more than 0\.0 GB of images in its row group 0, .*row_group_size=100"):
+        scan_columnar(path)
+    structs = pa.StructArray.from_arrays([images, pa.array(["x"] * 32)], ["bytes", "path"])
+    with pytest.raises(DataError, match="in its row group 0"):
+        scan_columnar(groups_of(tmp_path / "b.parquet", structs, 1000, use_dictionary=dictionary))
+    assert len(scan_columnar(groups_of(tmp_path / "c.parquet", images, 10)).rows) == 32
+    assert len(scan_columnar(groups_of(tmp_path / "d.parquet", images.cast(pa.large_binary()), 1000)).rows) == 32
+
+
+def test_large_row_groups_are_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(build, "LARGE_GROUP", 10_000)
+    images = pa.array([picture(0) + bytes(2000)] * 32)
+    paths = [groups_of(tmp_path / f"{rows}.parquet", images, rows) for rows in (2, 10, 16)]
+    shards = build.build_index([str(path) for path in paths], tmp_path / "index", 0)
+    assert [shard.group_bytes // len(images[0].as_py()) for shard in shards] == [2, 10, 16]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"2 shards have large row groups: to read one sample of '{paths[1]}', 0.0 GB are decoded")
+
+
+@pytest.mark.slow
+def test_a_row_group_beyond_2_gib_is_refused(tmp_path):
+    images = pa.chunked_array([pa.array([picture(0) + bytes(2**20)] * 100)] * 21)
+    path = groups_of(tmp_path / "big.parquet", images, 10**6, compression="zstd", use_dictionary=False)
+    with pytest.raises(DataError, match=r"holds more than 2\.1 GB of images in its row group 0"):
+        scan_columnar(path)

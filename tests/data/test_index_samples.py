@@ -3,30 +3,29 @@
 import io
 import tarfile
 
-import numpy as np
 import pyarrow as pa
 import pytest
 import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mug.data import rows
 from mug.data.errors import DataError
-from mug.data.samples import scan_tar, split_names
+from mug.data.index import rows
+from mug.data.index.tar_samples import UNUSED, scan_tar, split_names
 
 
 def make(members, format=tarfile.GNU_FORMAT) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
         for name, body in members:
-            info = tarfile.TarInfo(name)
+            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
             info.size = len(body)
             archive.addfile(info, io.BytesIO(body))
     return buffer.getvalue()
 
 
-def samples(data: bytes) -> tuple[list[tuple], int]:
-    """(key, image, text, json) of each sample, bytes or None, read by offset; how many keys were left out."""
+def samples(data: bytes) -> tuple[list[tuple], dict[str, tuple]]:
+    """(key, image, text, json) of each sample, bytes or None, read by offset; what was left out."""
     scan = scan_tar(lambda offset, length: data[offset : offset + length], len(data))
 
     def read(row, part):
@@ -34,7 +33,7 @@ def samples(data: bytes) -> tuple[list[tuple], int]:
         return data[offset : offset + length] if length >= 0 else None
 
     found = [(row["key"], *(read(row, part) for part in rows.PARTS)) for row in scan.rows.to_pylist()]
-    return found, scan.left_out
+    return found, scan.left_out.kinds
 
 
 @pytest.mark.parametrize(
@@ -56,18 +55,44 @@ def samples(data: bytes) -> tuple[list[tuple], int]:
 def test_used(names, expected, format):
     found, left_out = samples(make([(name, name.encode()) for name in names], format))
     assert found == [tuple(x.encode() if i and x else x for i, x in enumerate(sample)) for sample in expected]
-    assert left_out == 0
+    used = sum(part is not None for sample in found for part in sample[1:])
+    assert sum(count for count, _ in left_out.values()) == len(names) - used
 
 
 def test_left_out_and_counted():
     data = make([("1.txt", b"t"), ("2.jpg", b""), ("3.json", b"{}"), ("4.jpg", b"i")])
-    assert samples(data) == ([("4", b"i", None, None)], 3)
-    assert samples(make([("1.txt", b"t")])) == ([], 1)
-    assert samples(make([])) == ([], 0)
+    left_out = {"keys without an image": (2, "'1'"), "images of 0 bytes": (1, "'2'")}
+    assert samples(data) == ([("4", b"i", None, None)], left_out)
+    assert samples(make([("1.txt", b"")])) == ([], {"keys without a text": (1, "'1'")})
+    assert samples(make([])) == ([], {})
+
+
+def test_what_belongs_to_no_sample_is_counted_by_kind():
+    link, hard, folder = (tarfile.TarInfo(name) for name in ("link.jpg", "hard.jpg", "d"))
+    link.type, hard.type, folder.type = tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE
+    link.linkname = hard.linkname = "1.jpg"
+    names = "1.jpg 1.mask.png barn_1.5m.jpg barn_1.5m.txt 1.licence.txt 1.heic 2.HEIC README d/._1.jpg 1.cls"
+    found, left_out = samples(
+        make([*((name, b"x") for name in names.split()), *((one, b"") for one in (link, hard, folder))])
+    )
+    assert found == [("1", b"x", None, None), ("barn_1.5m", b"x", b"x", None)]
+    assert left_out == {
+        UNUSED: (2, "'1.mask.png'"),
+        "'.heic' files": (2, "'1.heic'"),
+        "files without an extension": (1, "'README'"),
+        "hidden files": (1, "'d/._1.jpg'"),
+        "'.cls' files": (1, "'1.cls'"),
+        "links": (2, "'link.jpg'"),
+    }
+
+
+def test_kinds_beyond_twenty_are_counted_together():
+    _, left_out = samples(make([(f"1.x{i}", b"x") for i in range(50)]))
+    assert len(left_out) == 21 and sum(count for count, _ in left_out.values()) == 50
 
 
 def test_an_empty_caption_is_one():
-    assert samples(make([("1.jpg", b"i"), ("1.txt", b"")])) == ([("1", b"i", b"", None)], 0)
+    assert samples(make([("1.jpg", b"i"), ("1.txt", b"")])) == ([("1", b"i", b"", None)], {})
 
 
 @pytest.mark.parametrize(
@@ -92,7 +117,8 @@ def test_nothing_unpickles(tmp_path):
     attack = f"cos\nsystem\n(S'touch {canary}'\ntR.".encode()
     extensions = ("pyd", "pkl", "pickle", "pth")
     data = make([("1.jpg", b"i"), *((f"1.{extension}", attack) for extension in extensions)])
-    assert samples(data) == ([("1", b"i", None, None)], 0)
+    found, left_out = samples(data)
+    assert found == [("1", b"i", None, None)] and len(left_out) == 4
     assert not canary.exists()
 
 
@@ -110,24 +136,9 @@ def test_groups_as_webdataset_does(tmp_path_factory, keys):
     path = tmp_path_factory.mktemp("tar") / "0.tar"
     path.write_bytes(data)
     oracle = webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False)
-    expected = [(s["__key__"], s["jpg"], s.get("txt"), s.get("json")) for s in oracle if "jpg" in s]
+    found = [tuple(s.get(name) for name in ("__key__", "jpg", "txt", "json")) for s in oracle]
+    expected = [sample for sample in found if sample[1]] or found  # without any image, a tar of texts
     assert samples(data)[0] == expected
-
-
-def test_key_hashes_are_fnv_1a():
-    """Against the published values of FNV-1a, and a plain implementation."""
-
-    def fnv(data: bytes) -> int:
-        value = 0xCBF29CE484222325
-        for byte in data:
-            value = (value ^ byte) * 0x100000001B3 % 2**64
-        return value
-
-    assert [fnv(b""), fnv(b"a"), fnv(b"foobar")] == [0xCBF29CE484222325, 0xAF63DC4C8601EC8C, 0x85944171F73967E8]
-    keys = ["", "a", "foobar", "é" * 50, "000000001"]
-    assert rows.hash_keys(pa.array(keys)).tolist() == [fnv(key.encode()) for key in keys]
-    assert rows.hash_keys(pa.array(keys)[2:4]).tolist() == [fnv(key.encode()) for key in keys[2:4]]
-    assert rows.hash_keys(pa.array([], pa.string())).dtype == np.uint64
 
 
 def test_split_names_takes_slices():
