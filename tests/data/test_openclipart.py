@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mug.data.errors import DataError
-from mug.data.openclipart import (
+from mug.data.builders.openclipart import (
     INSTALLED,
     MAX_HEAD,
     MAX_SHARED,
@@ -17,6 +16,8 @@ from mug.data.openclipart import (
     openclipart_pairs,
     read_metadata,
 )
+from mug.data.errors import DataError
+from mug.data.left_out import LeftOut
 
 NAMESPACES = (
     'xmlns:cc="http://web.resource.org/cc/" xmlns:dc="http://purl.org/dc/elements/1.1/" '
@@ -59,7 +60,7 @@ def folder(tmp_path) -> Path:
 
 
 def test_known_pairs(folder):
-    pairs = {pair.key: pair for pair in openclipart_pairs(find_openclipart(folder), lambda group: True)}
+    pairs = {pair.key: pair for pair in openclipart_pairs(find_openclipart(folder), LeftOut(), lambda group: True)}
     assert list(pairs) == sorted(pairs) and len(pairs) == 5
     frogs = pairs["animals/amphibian/frogs_a_b_01"]
     assert frogs.image == (folder / "usr/share/openclipart/png/animals/amphibian/frogs_a.b_01.png").read_bytes()
@@ -73,7 +74,9 @@ def test_known_pairs(folder):
 
 def test_the_same_picture_is_on_one_side_of_the_split(folder):
     asked = []
-    openclip = openclipart_pairs(find_openclipart(folder), lambda group: asked.append(group) or group == asked[0])
+    openclip = openclipart_pairs(
+        find_openclipart(folder), LeftOut(), lambda group: asked.append(group) or group == asked[0]
+    )
     assert [pair.key for pair in openclip] == ["animals/amphibian/frogs_a_b_01"]
     assert len(asked) == 5 and asked[1] == asked[2] and len(set(asked)) == 4  # shapes/star_5, special/star_5
 
@@ -88,10 +91,10 @@ def test_what_says_nothing_of_the_drawing_is_no_caption():
 def test_a_title_that_many_share_is_a_collections(tmp_path):
     for i in range(MAX_SHARED + 1):
         draw(tmp_path, f"a/sign_{i}", f"#0000{i:02x}", svg("Road signs"))
-    captions = [pair.caption for pair in openclipart_pairs(tmp_path, lambda group: True)]
+    captions = [pair.caption for pair in openclipart_pairs(tmp_path, LeftOut(), lambda group: True)]
     assert sorted(captions) == sorted(f"sign {i}" for i in range(MAX_SHARED + 1))
     (tmp_path / "png/a/sign_0.png").unlink()
-    assert {pair.caption for pair in openclipart_pairs(tmp_path, lambda group: True)} == {"Road signs"}
+    assert {pair.caption for pair in openclipart_pairs(tmp_path, LeftOut(), lambda group: True)} == {"Road signs"}
 
 
 def test_encodings():
@@ -149,8 +152,19 @@ def test_missing_packages_are_named(tmp_path):
 
 @pytest.mark.skipif(not (INSTALLED / "png").is_dir(), reason="needs openclipart-png and openclipart-svg")
 def test_the_packages_themselves():
-    pairs = list(openclipart_pairs(find_openclipart(INSTALLED), lambda group: True))
+    pairs = list(openclipart_pairs(find_openclipart(INSTALLED), LeftOut(), lambda group: True))
     assert len(pairs) == 8121
     assert len({pair.key for pair in pairs}) == 8121 and len({pair.meta["group"] for pair in pairs}) == 6900
     assert all(pair.caption for pair in pairs)
     assert sum(len(pair.meta["captions"]["en"]) > 1 for pair in pairs) > 7500
+
+
+def test_a_link_to_nothing_is_left_out(tmp_path):
+    for kind in ("png", "svg"):
+        (tmp_path / kind).mkdir()
+    (tmp_path / "png/a.png").write_bytes(b"image")
+    (tmp_path / "png/b.png").symlink_to("nowhere.png")
+    left_out = LeftOut()
+    assert [pair.key for pair in openclipart_pairs(tmp_path, left_out, lambda group: True)] == ["a"]
+    reason = f"'{tmp_path}/png/b.png': No such file or directory"
+    assert left_out.kinds == {"files that cannot be read": (1, reason)}

@@ -15,15 +15,16 @@ import pytest
 import webdataset
 from PIL import Image
 
-from mug.data import openmoji
+from mug.data.builders import openmoji
 from mug.data.config import DataConfig
+from mug.data.kinds.pairs import open_held_out, open_train
+from mug.data.kinds.samples import Shape
 from mug.data.reader import Reader
-from mug.data.stream import Share, open_held_out, open_train
 from mug.data.tokenizer import Tokenizer
 
 
 def start_build(cache: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "mug.data.openmoji", "--cache", str(cache)]
+    command = [sys.executable, "-m", "mug.data.builders.openmoji", "--cache", str(cache)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -112,14 +113,14 @@ def test_the_tokenizer_knows_the_captions(folder):
 @pytest.mark.slow
 def test_it_is_what_training_gets_by_default(cache):
     config = DataConfig(cache=str(cache), workers=0)
-    stream = open_train(config, seed=0, image_size=64, text_length=32, share=Share(8, 8, rank=0, world=1))
-    held_out = open_held_out(config, image_size=64, text_length=32)
-    assert stream.samples + len(held_out) == 3953
-    (batch,) = next(iter(stream))
+    shape = Shape(image_size=64, text_length=32)
+    train, held_out = open_train(config, 0, shape), open_held_out(config, shape)
+    assert len(train) + len(held_out) == 3953
+    batch, _ = train.batch(range(8))
     assert batch["image"].shape == (8, 3, 64, 64) and batch["tokens"].shape == (8, 32)
     first = samples(openmoji.ensure_openmoji(cache), "held_out")[0]
     assert held_out.tokenizer.decode(held_out.batch([0])[0]["tokens"][0]) == first["txt"].decode().lower()
-    german = open_held_out(DataConfig(cache=str(cache), language="de"), image_size=64, text_length=32)
+    german = open_held_out(DataConfig(cache=str(cache), language="de"), shape)
     assert (german.batch([0])[0]["tokens"] != held_out.batch([0])[0]["tokens"]).any()
 
 

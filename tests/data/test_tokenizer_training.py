@@ -3,9 +3,9 @@ from collections import Counter
 
 import pytest
 
+from mug.data.builders.tokenizer_training import BASIC_LETTERS, MAX_WORD, SPECIAL_TOKENS, train_tokenizer
 from mug.data.errors import DataError
 from mug.data.tokenizer import Tokenizer
-from mug.data.tokenizer_training import BASIC_LETTERS, MAX_WORD, SPECIAL_TOKENS, train_tokenizer
 
 CAPTIONS = [f"{a} {b}{i}" for i, a in enumerate(["Cat", "dog", "zebra"] * 20) for b in ("grin", "grinning")]
 

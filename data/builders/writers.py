@@ -1,7 +1,8 @@
 """Samples → shards on disk: tar as img2dataset lays it out, Arrow IPC or Parquet. The same samples, the same bytes.
 
 A sample in a tar is KEY.png (or .jpg, …), KEY.txt and KEY.json. In a table it is a row of `key`, `image`, `caption`
-and `json`, which hold the same bytes. Beside each shard, NNNNN_stats.json counts its samples.
+and `json`, which hold the same bytes; a table of texts has no column `image`. Next to each shard, NNNNN_stats.json
+counts its samples.
 """
 
 import hashlib
@@ -33,12 +34,12 @@ BATCH_BYTES = 64 * 2**20  # after which a batch ends early: memory, and the 2 GB
 class Sample:
     """An image with its caption ("": none) and what its json is to hold.
 
-    extension: of the image, lower case and without the dot.
+    extension: of the image, lower case and without the dot; None for a text without an image, as all of its shard are.
     """
 
     key: str
     image: bytes
-    extension: str
+    extension: str | None
     caption: str
     meta: dict
 
@@ -47,8 +48,20 @@ class Sample:
         return json.dumps(self.meta, ensure_ascii=False, sort_keys=True).encode(errors="replace")
 
 
+def text_sample(key: str, captions: dict[str, str], license: str, attribution: str) -> Sample:
+    """Returns a sample without an image: a text in each language."""
+    return Sample(
+        key, b"", None, "", {"key": key, "captions": captions, "license": license, "attribution": attribution}
+    )
+
+
+def of_keys(samples: Iterable[Sample], wanted: Callable[[str], bool]) -> Iterator[Sample]:
+    """Yields the samples whose key is wanted."""
+    return (sample for sample in samples if wanted(sample.key))
+
+
 def key_of(path: Path) -> str:
-    """The key of the file `path`: the path without its suffix; dots, at which a key would end, become `_`."""
+    """Returns the key of the file `path`: the path without its suffix; dots, at which a key would end, become `_`."""
     return path.with_suffix("").as_posix().replace(".", "_")
 
 
@@ -67,31 +80,33 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
 
 
 def tar_members(samples: Iterable[Sample]) -> Iterator[tuple[str, bytes]]:
-    """The files of the samples, those of one sample by the alphabet."""
+    """Yields the files of the samples, those of one sample in alphabetical order."""
     for sample in samples:
-        files = {sample.extension: sample.image, "json": sample.json}
+        files = {"json": sample.json} | ({} if sample.extension is None else {sample.extension: sample.image})
         if sample.caption:
             files["txt"] = sample.caption.encode()
         yield from ((f"{sample.key}.{extension}", files[extension]) for extension in sorted(files))
 
 
 def write_tar_shard(path: Path, samples: Iterable[Sample]) -> None:
-    """A tar of the samples' files."""
+    """Write a tar of the samples' files."""
     write_tar(path, tar_members(samples))
 
 
 def write_arrow_shard(path: Path, samples: Iterable[Sample]) -> None:
-    """An Arrow IPC file without compression, so that an image can be read by its place in the file."""
-    with replacing(path) as file, pyarrow.ipc.new_file(file, SCHEMA) as writer:
-        for batch in _batches(samples, ARROW_ROWS):
+    """Write an Arrow IPC file without compression, so that an image can be read by its place in the file."""
+    schema, samples = _schema_of(samples)
+    with replacing(path) as file, pyarrow.ipc.new_file(file, schema) as writer:
+        for batch in _batches(samples, ARROW_ROWS, schema):
             writer.write_batch(batch)
 
 
 def write_parquet_shard(path: Path, samples: Iterable[Sample]) -> None:
-    """A Parquet file of small row groups. Images do not compress, and their least and greatest mean nothing."""
+    """Write a Parquet file of small row groups. Images do not compress, and their min and max mean nothing."""
     options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
-    with replacing(path) as file, pyarrow.parquet.ParquetWriter(file, SCHEMA, **options) as writer:
-        for batch in _batches(samples, PARQUET_ROWS):
+    schema, samples = _schema_of(samples)
+    with replacing(path) as file, pyarrow.parquet.ParquetWriter(file, schema, **options) as writer:
+        for batch in _batches(samples, PARQUET_ROWS, schema):
             writer.write_batch(batch, row_group_size=PARQUET_ROWS)
 
 
@@ -105,7 +120,7 @@ WRITERS: dict[str, Callable[[Path, Iterable[Sample]], None]] = {
 def write_shards(
     samples: Iterable[Sample], folder: Path, prefix: str, format: str, per_shard: int
 ) -> Iterator[tuple[Path, int]]:
-    """Write `folder/PREFIX00000.FORMAT` and so on; yield each shard's path and number of samples once it is whole.
+    """Write `folder/PREFIX00000.FORMAT` and so on; yield each shard's path and number of samples once it is complete.
 
     Raises:
         DataError: a key that no shard can hold, or that came before.
@@ -126,7 +141,7 @@ def write_shards(
 
 
 def _checked(samples: Iterable[Sample], keys: set[str]) -> Iterator[Sample]:
-    """The samples, once it is sure that their keys can be read back; adds them to `keys`."""
+    """Yields the samples, after checking that their keys can be read back; adds them to `keys`."""
     for sample in samples:
         folder, _, name = sample.key.rpartition("/")
         if not name or "." in name or "\0" in sample.key or sample.key.startswith("/") or ".." in folder.split("/"):
@@ -137,23 +152,31 @@ def _checked(samples: Iterable[Sample], keys: set[str]) -> Iterator[Sample]:
         yield sample
 
 
-def _batches(samples: Iterable[Sample], rows: int) -> Iterator[pyarrow.RecordBatch]:
-    """Record batches of `rows` samples, or of fewer where they are large."""
+def _schema_of(samples: Iterable[Sample]) -> tuple[pyarrow.Schema, Iterator[Sample]]:
+    """Returns the columns that samples need, and the samples."""
+    samples = iter(samples)
+    first = list(itertools.islice(samples, 1))
+    texts = bool(first) and first[0].extension is None
+    return SCHEMA.remove(SCHEMA.get_field_index("image")) if texts else SCHEMA, itertools.chain(first, samples)
+
+
+def _batches(samples: Iterable[Sample], rows: int, schema: pyarrow.Schema) -> Iterator[pyarrow.RecordBatch]:
+    """Yields record batches of `rows` samples, or of fewer where they are large."""
     batch, size = [], 0
     for sample in samples:
         if len(batch) == rows or size >= BATCH_BYTES:
-            yield pyarrow.RecordBatch.from_pylist(batch, SCHEMA)
+            yield pyarrow.RecordBatch.from_pylist(batch, schema)
             batch, size = [], 0
         row = {"key": sample.key, "image": sample.image, "caption": sample.caption or None}
         batch.append({**row, "json": sample.json.decode()})
         size += len(sample.image) + len(sample.json)
     if batch:
-        yield pyarrow.RecordBatch.from_pylist(batch, SCHEMA)
+        yield pyarrow.RecordBatch.from_pylist(batch, schema)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that becomes `path` once it is whole and on disk; on an error nothing is left behind."""
+    """Opens a file that becomes `path` once it is complete and on disk; on an error nothing is left behind."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         with open(partial, "wb") as file:
