@@ -5,11 +5,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mug.data import rng
+
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_TRIES = 10
 CROP_DRAWS = 4 * CROP_TRIES  # random numbers that `random_box` takes
 
 Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """How one of the views of a sample is cropped.
+
+    crop_scale: min and max share of the image's area that the crop covers.
+    flip: mirror half of the crops.
+    """
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    flip: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +35,7 @@ class RandomCrop:
     flip: bool
 
     def box(self, width: int, height: int) -> Box:
-        """The box within an image of this size."""
+        """Returns the box within an image of this size."""
         return random_box(width, height, self.scale, self.draws)
 
 
@@ -33,7 +47,7 @@ class CentralSquare:
     flip = False
 
     def box(self, width: int, height: int) -> Box:
-        """The box within an image of this size."""
+        """Returns the box within an image of this size."""
         side = max(1, round(self.fraction * min(width, height)))
         return _central_box(width, height, side, side)
 
@@ -41,10 +55,17 @@ class CentralSquare:
 Crop = RandomCrop | CentralSquare
 
 
-def random_box(width: int, height: int, scale: tuple[float, float], draws: np.ndarray) -> Box:
-    """A random box: area uniform in `scale` of the image's, log(width/height) uniform in CROP_RATIO's.
+def random_crop(config: ViewConfig, seed: int, epoch: int, position: int, view: int = 0) -> RandomCrop:
+    """Returns the crop of a sample's view, a pure function of the arguments."""
+    flip = config.flip and rng.uniform(seed, rng.FLIP, epoch, position, 1, view)[0] < 0.5
+    draws = rng.uniform(seed, rng.CROP, epoch, position, CROP_DRAWS, view)
+    return RandomCrop(tuple(config.crop_scale), draws, bool(flip))
 
-    `draws`: float [CROP_DRAWS] in [0, 1). A box that sticks out is drawn anew; after CROP_TRIES, the largest
+
+def random_box(width: int, height: int, scale: tuple[float, float], draws: np.ndarray) -> Box:
+    """Returns a random box: area uniform in `scale` of the image's, log(width/height) uniform in CROP_RATIO's.
+
+    `draws`: float [CROP_DRAWS] in [0, 1). A box that sticks out is redrawn; after CROP_TRIES, the largest
     central box of an allowed ratio.
     """
     low, high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])

@@ -4,11 +4,12 @@ A position counts samples from the start of training and runs on over epochs. Gl
 [b·B, (b+1)·B); it may cross an epoch's end. Nothing here is O(N): the shards of an epoch are permuted and laid end
 to end, and the line of samples is cut into L equal lanes. Position g of an epoch is place g div L of lane g mod L, so
 a batch takes from all over the line, while a rank of R that takes each R-th position stays in its L / R lanes.
-Inside a lane, windows of about four shards are shuffled whole.
+Inside a lane, windows of about four shards are fully shuffled.
 """
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,8 +18,21 @@ from mug.data.errors import DataError
 
 MAX_LANES = 2048
 SHARDS_PER_WINDOW = 4
-SAMPLES_PER_LANE = 128  # at least, so that what an epoch drops (fewer than L samples) stays below 1%
+SAMPLES_PER_LANE = 128  # min, so that what an epoch drops (fewer than L samples) stays below 1%
 ROUNDS = 6
+
+
+class SampleOrder(Protocol):
+    """The order that a stream reads in: `Order`, or that of a mixture."""
+
+    @property
+    def seed(self) -> int: ...
+
+    def __len__(self) -> int:
+        """Returns the number of positions in an epoch."""
+
+    def constants(self) -> dict[str, Any]:
+        """Returns what, with the seed, fixes the order, as a checkpoint keeps it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +53,7 @@ class Order:
 
     @cached_property
     def total(self) -> int:
-        """Number of samples in the shards."""
+        """Returns the number of samples in the shards."""
         return int(self.counts_S.sum())
 
     @cached_property
@@ -50,13 +64,13 @@ class Order:
 
     @cached_property
     def window(self) -> int:
-        """Samples of a lane that are shuffled together; a lane holds a whole number of windows, but for rounding."""
+        """Samples of a lane that are shuffled together; a lane holds an integer number of windows, but for rounding."""
         length = self.total // self.lanes
         windows = round(length * len(self.counts_S) / (SHARDS_PER_WINDOW * self.total))
         return -(-length // max(1, windows))
 
     def __len__(self) -> int:
-        """Number of positions in an epoch: all samples but fewer than L, other ones each time."""
+        """Returns the number of positions in an epoch: all samples but fewer than L, others each time."""
         return self.total // self.lanes * self.lanes
 
     def constants(self) -> dict[str, int]:
@@ -64,7 +78,7 @@ class Order:
         return {"lanes": self.lanes, "window": self.window}
 
     def locate(self, positions_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Epoch, shard and row within the shard, int64 [N] each, of the positions (≥ 0) int64 [N]."""
+        """Returns epoch, shard and row within the shard, int64 [N] each, of the positions (≥ 0) int64 [N]."""
         positions_N = np.asarray(positions_N, dtype=np.int64)
         epochs_N, places_N = np.divmod(positions_N, len(self))
         shards_N, rows_N = np.empty_like(positions_N), np.empty_like(positions_N)
@@ -77,7 +91,7 @@ class Order:
         return epochs_N, shards_N, rows_N
 
     def _line(self, epoch: int, places_N: np.ndarray) -> np.ndarray:
-        """Place in the epoch → place on the line of samples. A bijection onto [0, len(self))."""
+        """Maps places in the epoch to places on the line of samples. A bijection onto [0, len(self))."""
         length = self.total // self.lanes
         place_N, lane_N = np.divmod(places_N, self.lanes)
         # Each lane is a ring that is entered elsewhere, so that not all lanes come to new shards at once.
@@ -91,14 +105,14 @@ class Order:
 
 @lru_cache(maxsize=2)  # two, because a batch may cross an epoch's end
 def _permuted_shards(order: Order, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """The shards in the order of this epoch, and where on the line each of them begins. int64 [S], twice."""
+    """Returns the shards in the order of this epoch, and where on the line each of them begins. int64 [S], twice."""
     draws_S = rng.raw(order.seed, rng.ORDER, epoch, 0, len(order.counts_S))
     order_S = np.argsort(draws_S, kind="stable")
     counts_S = order.counts_S[order_S]
     return order_S, np.cumsum(counts_S) - counts_S
 
 
-def _mix(state: np.ndarray, value: np.ndarray) -> np.ndarray:
+def _mix(state: Any, value: Any) -> Any:
     """SplitMix64 of uint64 `state` and non-negative `value`, elementwise; wraps around."""
     with np.errstate(over="ignore"):
         x = (state + np.uint64(0x9E3779B97F4A7C15)) ^ (
@@ -110,7 +124,7 @@ def _mix(state: np.ndarray, value: np.ndarray) -> np.ndarray:
 
 
 def permute(places_N: np.ndarray, sizes_N: np.ndarray, keys_N: np.ndarray) -> np.ndarray:
-    """Where a keyed permutation of [0, size) sends each place; int64 [N], every element with its own size and key.
+    """Returns where a keyed permutation of [0, size) sends each place, int64 [N]; each has its own size and key.
 
     A Feistel network over the grid of a × b cells, b = ⌈√size⌉ and a = ⌈size / b⌉: row and column are in turn moved by
     a keyed function of the other. A place that lands outside [0, size), which few do, walks on until it is inside.
@@ -132,3 +146,9 @@ def permute(places_N: np.ndarray, sizes_N: np.ndarray, keys_N: np.ndarray) -> np
 def _turn(moved: np.ndarray, by: np.ndarray, modulus: np.ndarray, keys: np.ndarray, turn: int) -> np.ndarray:
     draw = _mix(keys + np.uint64(turn), by) >> np.uint64(32)
     return (moved + draw.astype(np.int64)) % modulus
+
+
+def spread(total: int, wanted: int) -> list[int]:
+    """Returns at most `wanted` of the positions 0..total-1, ascending and spread evenly; all where they are fewer."""
+    count = min(total, wanted)
+    return [i * total // count for i in range(count)]

@@ -2,18 +2,18 @@
 
 import numpy as np
 
-ORDER, CROP, FLIP, CAPTION, SUBSTITUTE, AUGMENT, MIX, SCENE = range(8)  # purposes: each has its own stream
+ORDER, CROP, FLIP, CAPTION, SUBSTITUTE, AUGMENT, MIX, SCENE, MIXTURE = range(9)  # purposes: each has its own stream
 
 
-def raw(seed: int, purpose: int, epoch: int, position: int, count: int) -> np.ndarray:
-    """`count` random uint64, a pure function of the other arguments.
+def raw(seed: int, purpose: int, epoch: int, position: int, count: int, view: int = 0) -> np.ndarray:
+    """Returns `count` random uint64, a pure function of the other arguments; `view` numbers the views of one sample.
 
-    They come straight from Philox, not through `Generator`: numpy keeps only the former stable over versions.
+    They come directly from Philox, not through `Generator`: numpy keeps only the former stable over versions.
     """
-    counter = np.array([0, 0, position, epoch], dtype=np.uint64)
+    counter = np.array([0, view, position, epoch], dtype=np.uint64)
     return np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64), counter=counter).random_raw(count)
 
 
-def uniform(seed: int, purpose: int, epoch: int, position: int, count: int) -> np.ndarray:
-    """`count` float64 in [0, 1), a pure function of the other arguments."""
-    return (raw(seed, purpose, epoch, position, count) >> np.uint64(11)) * 2.0**-53
+def uniform(seed: int, purpose: int, epoch: int, position: int, count: int, view: int = 0) -> np.ndarray:
+    """Returns `count` float64 in [0, 1), a pure function of the other arguments."""
+    return (raw(seed, purpose, epoch, position, count, view) >> np.uint64(11)) * 2.0**-53

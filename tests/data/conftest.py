@@ -8,8 +8,8 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from mug.data.tokenizer_training import train_tokenizer
-from mug.data.writers import write_tar
+from mug.data.builders.tokenizer_training import train_tokenizer
+from mug.data.builders.writers import write_tar
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
 settings.load_profile("no deadline")

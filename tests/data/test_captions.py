@@ -1,7 +1,9 @@
 import io
 import json
+import re
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,12 +12,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mug.data import rng
-from mug.data.captions import MAX_CHARACTERS, MAX_JSON, captions, choose, clean
+from mug.data.builders.writers import write_tar
+from mug.data.captions import MAX_CHARACTERS, MAX_JSON, SEPARATOR, captions, choose, clean, languages_in, parts
 from mug.data.config import DataConfig
 from mug.data.errors import BadSample, DataError
-from mug.data.stream import Share, open_held_out, open_train
-from mug.data.writers import write_tar
+from mug.data.kinds.pairs import open_held_out, open_train
+from mug.data.kinds.samples import Shape
 
+SHAPE = Shape(image_size=8, text_length=12)
 META = {"caption": "a cat", "captions": {"en": ["a cat", "kitten"], "de": "Katze", "fr": ["chat", " ", "chat"]}}
 
 
@@ -148,11 +152,11 @@ def numbers(pairs, positions) -> list[int]:
 
 def test_each_epoch_draws_anew_by_seed_and_position(config):
     def train(seed: int):
-        return open_train(config, seed, image_size=8, text_length=12, share=Share(4, 4, 0, 1)).pairs
+        return open_train(config, seed, SHAPE)
 
     pairs = train(3)
     drawn = numbers(pairs, range(600))
-    epochs, _, rows = pairs.view.order.locate(np.arange(600))
+    epochs, _, rows = pairs.order.locate(np.arange(600))
     for position, (number, epoch, row) in enumerate(zip(drawn, epochs.tolist(), rows.tolist(), strict=True)):
         kind = int(3 * rng.uniform(3, rng.CAPTION, epoch, position, 1)[0])
         assert number == row + 100 * kind
@@ -163,7 +167,7 @@ def test_each_epoch_draws_anew_by_seed_and_position(config):
 
 
 def test_evaluation_takes_the_first(config):
-    pairs = open_held_out(config, image_size=8, text_length=12)
+    pairs = open_held_out(config, SHAPE)
     assert numbers(pairs, range(20)) == list(range(20))
 
 
@@ -172,8 +176,129 @@ def test_a_caption_that_cannot_be_had_makes_a_bad_sample(config, tmp_path):
     Image.new("RGB", (8, 8)).save(buffer, "PNG")
     members = [(f"{i}.png", buffer.getvalue()) for i in range(8)] + [("3.json", b"{")]
     write_tar(tmp_path / "shard.tar", members)
-    pairs = open_held_out(config, image_size=8, text_length=12)
+    pairs = open_held_out(config, SHAPE)
     batch, replaced = pairs.batch(range(8))
     assert {(entry.position, entry.key) for entry in replaced} == {(3, "3")}
     assert "no caption: there is no .txt" in replaced[0].reason
     assert (batch["tokens"] == pairs.tokenizer.pad).all()
+
+
+# --- Languages that are wanted ------------------------------------------------------------------------------
+
+
+def test_languages_in_a_pair():
+    assert languages_in(b"A cat.", bytes_of(META)) == {"en", "de", "fr"}
+    assert languages_in(b"", bytes_of({"captions": {"de": " ", "fr": ["chat"]}})) == {"fr"}
+    assert languages_in(b"", bytes_of({"caption": "a cat"})) == {"en"}
+    assert languages_in(b" ", b"{") == set()
+
+
+def with_german(path, count: int, german: int) -> None:
+    """Shards of pairs with English captions, the first ones of which have a German one, too."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    members = []
+    for i in range(count):
+        members += [(f"{i:04d}.png", buffer.getvalue()), (f"{i:04d}.txt", b"number one")]
+        members += [(f"{i:04d}.json", bytes_of({"captions": {"de": "nummer eins"}}))] if i < german else []
+    write_tar(path, members)
+
+
+def open_both(config):
+    open_train(config, 0, SHAPE)
+    open_held_out(config, SHAPE)
+
+
+def test_a_wanted_language_that_no_pair_has_is_refused_with_what_there_is(config, caplog):
+    for language in ("fr", "fr,it", "DE"):
+        wanted = replace(config, language=language)
+        message = f"data.language is '{language}', but none of 20 captioned pairs checked (of 20) has a"
+        for start in (open_both, lambda wanted: open_held_out(wanted, SHAPE)):
+            with pytest.raises(DataError, match=re.escape(message)) as refused:
+                start(wanted)
+            assert "give languages that they have: de (20), en (20)" in str(refused.value)
+    open_both(config)
+    open_both(replace(config, language="de"))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("language", "german", "says"),
+    [
+        ("de", 3, "37 have none of it, and another caption stands in; they have de (3), en (40)"),
+        ("en,fr", 3, "0 have none of it, and another caption stands in; they have en (40), fr (0), de (3)"),
+        ("de", 38, None),
+        ("en,de", 3, None),
+    ],
+)
+def test_few_pairs_of_a_wanted_language_are_counted(language, german, says, config, tmp_path, caplog):
+    with_german(tmp_path / "few.tar", 40, german)
+    shard = str(tmp_path / "few.tar")
+    open_both(replace(config, shards=shard, held_out=shard, language=language))
+    assert len(caplog.messages) == (2 if says else 0)
+    assert all(says in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        b"\xef\xbb\xbfcaf\xc3\xa9",
+        *("caf\u00e9".encode(name) for name in ("utf-8", "utf-16", "utf-32")),
+        "\ufeffcaf\u00e9".encode("utf-16-be"),
+    ],
+)
+def test_marked_encodings_are_decoded_and_the_mark_goes(written):
+    assert clean(written) == "caf\u00e9"
+    assert captions(written, b"", ("en",)) == ["caf\u00e9"]
+
+
+def test_a_json_in_utf16_is_read():
+    assert captions(b"", json.dumps(META).encode("utf-16"), ("de",)) == ["Katze"]
+
+
+@pytest.mark.parametrize("mark_alone", [b"\xef\xbb\xbf", b"\xff\xfe", b"\xef\xbb\xbf \n", b"", b" \r\n\t"])
+def test_a_text_of_nothing_is_no_caption(mark_alone):
+    assert captions(mark_alone, b"", ("en",)) == []
+
+
+def test_several_captions_of_a_text_are_all_to_choose_from():
+    assert captions(f"a dog{SEPARATOR} {SEPARATOR}the dog".encode(), b"", ("en",)) == ["a dog", "the dog"]
+    assert captions(f"a dog{SEPARATOR}the dog".encode(), b"", ("it",)) == ["a dog", "the dog"]
+
+
+@pytest.mark.parametrize(
+    ("meta", "expected"),
+    [
+        ({"url": "u", "TEXT": "a dog"}, ["a dog"]),
+        ({"caption": ["a dog", None, "the dog"]}, ["a dog", "the dog"]),
+        ({"caption": "", "Alt_Text": "a dog", "title": "IMG_1"}, ["a dog"]),
+        ({"txt": "x", "caption": "a dog"}, ["a dog"]),  # as it was read when other names were not
+        ({"captions": ["a dog", "the dog"]}, ["a dog", "the dog"]),
+        ({"captions": {"de": "Katze"}, "prompt": "a dog"}, ["a dog"]),
+        ({"caption_1": "x", "caption_0": "a dog"}, ["a dog"]),
+        ({"caption": {"text": "a dog"}, "width": 3}, []),
+    ],
+)
+def test_usual_names_in_a_json(meta, expected):
+    assert captions(b"", bytes_of(meta), ("en",)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "languages", "expected"),
+    [
+        (b'{"parts": {"en": {"nouns": ["owl"]}, "de": {"nouns": ["Eule"]}}}', ("fr", "de", "en"), {"nouns": ["Eule"]}),
+        (b'{"parts": {"en": {"nouns": ["owl"]}}}', ("fr",), {}),
+        (
+            b'{"parts": {"en": {"one": "owl", "n": [1, "", "a  b"]}}}',
+            ("en",),
+            {"one": ["owl"], "n": ["a b"]},
+        ),
+        (b'{"parts": ["owl"]}', ("en",), {}),
+        (b'{"parts": {"en": ["owl"]}}', ("en",), {}),
+        (b'{"key": "parts"}', ("en",), {}),
+        (b'{"parts": ', ("en",), {}),
+        (b"", ("en",), {}),
+    ],
+)
+def test_parts_of_the_first_language_that_has_some(text, languages, expected):
+    assert parts(text, languages) == expected

@@ -19,8 +19,9 @@ from pictures import by_pillow, by_pillow_box, difference, encode, photograph, r
 from PIL import Image
 from torchvision.transforms import functional as tv
 
+from mug.data import decode
 from mug.data.crops import CentralSquare
-from mug.data.decode import _read_jpeg, decode_crop, fast_box
+from mug.data.decode import _read_jpeg, decode_crop, decode_crops, fast_boxes
 from mug.data.errors import BadSample
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
@@ -93,7 +94,7 @@ def test_fast_mode_stays_near_full_decoding(size, scale):
     image = Image.open(io.BytesIO(data))
     for position in range(3):
         crop = random_crop(position, (0.9, 1.0), flip=position == 1)
-        used, box = fast_box(crop.box(*size), size, 64)
+        used, (box,) = fast_boxes([crop.box(*size)], size, 64)
         assert used == scale
         view = decode_crop(data, 64, crop, "fast")
         assert 0 < difference(view, by_pillow_box(image, 64, box, crop.flip)) <= 1.0
@@ -103,6 +104,32 @@ def test_fast_mode_stays_near_full_decoding(size, scale):
 def test_fast_mode_is_exact_where_the_crop_is_small():
     data = encode(photograph(500, 400), "JPEG", quality=95)
     assert (decode_crop(data, 224, random_crop(0), "fast") == decode_crop(data, 224, random_crop(0))).all()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_several_crops_are_what_each_is_alone_and_the_image_is_decoded_once(format, monkeypatch):
+    data = with_orientation(photograph(230, 170), format, 6)
+    crops = [random_crop(0), random_crop(1, flip=True), CentralSquare(0.5)]
+    alone = [decode_crop(data, 48, crop) for crop in crops]
+    decoded = []
+    monkeypatch.setattr(decode, "decode_jpeg", lambda *a, of=decode.decode_jpeg, **k: decoded.append(1) or of(*a, **k))
+    views_VCSS = decode_crops(data, 48, crops)
+    assert views_VCSS.dtype == np.uint8 and np.array_equal(views_VCSS, np.stack(alone))
+    assert len(decoded) == (format == "JPEG")
+
+
+def test_fast_mode_reads_several_crops_at_the_scale_that_the_smallest_needs():
+    data = encode(photograph(1021, 803), "JPEG", quality=95)
+    large, middle, small = random_crop(0, (0.9, 1.0)), random_crop(2, (0.1, 0.1)), CentralSquare(0.15)
+    scales = {id(crop): fast_boxes([crop.box(1021, 803)], (1021, 803), 64)[0] for crop in (large, middle, small)}
+    assert list(scales.values()) == [8, 2, 1]
+    both = decode_crops(data, 64, [large, middle], "fast")
+    scale, boxes = fast_boxes([large.box(1021, 803), middle.box(1021, 803)], (1021, 803), 64)
+    assert scale == 2 and np.array_equal(both[1], decode_crop(data, 64, middle, "fast"))
+    image = Image.open(io.BytesIO(data))
+    assert difference(both[0], by_pillow_box(image, 64, boxes[0])) <= 1.0
+    exact = decode_crops(data, 64, [large, middle, small], "fast")
+    assert np.array_equal(exact, decode_crops(data, 64, [large, middle, small], "exact"))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +143,8 @@ def test_fast_mode_is_exact_where_the_crop_is_small():
     ],
 )
 def test_boxes_of_fast_mode(box, scaled):
-    assert fast_box(box, (9006, 9006), 224) == scaled
+    scale, expected = scaled
+    assert fast_boxes([box], (9006, 9006), 224) == (scale, [expected])
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 2, 4, 8]))
@@ -124,7 +152,7 @@ def test_a_scaled_jpeg_has_a_pixel_for_each_cell_of_the_grid(width, height, scal
     data = encode(Image.new("RGB", (width, height)), "JPEG")
     right, bottom = -(-width // scale), -(-height // scale)
     box = (0, 0, right * scale, bottom * scale)
-    assert _read_jpeg(data, (width, height), box, scale).shape == (bottom, right, 3)
+    assert _read_jpeg(data, (width, height), [box], scale)[0].shape == (bottom, right, 3)
 
 
 # Colours
@@ -314,7 +342,7 @@ def test_the_stored_first_corner_comes_where_exif_says(orientation, flip):
 def test_fast_mode_turns_too():
     data, crop = with_orientation(photograph(300, 230), "JPEG", 6), random_crop(0, (0.9, 1.0))
     left, top, right, bottom = crop.box(230, 300)  # upright; stored, the right side is the top
-    scale, box = fast_box((top, 230 - right, bottom, 230 - left), (300, 230), 64)
+    scale, (box,) = fast_boxes([(top, 230 - right, bottom, 230 - left)], (300, 230), 64)
     expected = np.rot90(by_pillow_box(Image.open(io.BytesIO(data)), 64, box), -1, axes=(1, 2))
     assert scale == 2 and difference(decode_crop(data, 64, crop, "fast"), expected) <= 1.0
 

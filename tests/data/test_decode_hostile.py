@@ -82,7 +82,7 @@ def test_damage_raises_nothing_but_bad_samples(format, noise, place):
 
 @pytest.mark.parametrize("data", [b"", b"<!DOCTYPE html>", b"\0\0\0 ftypavif", b"%PDF-1.7", bytes(100)])
 def test_what_is_no_image_is_shown(data):
-    assert reason(data) == f"not an image that is read: it begins with {data[:12]!r}"
+    assert reason(data) == f"not an image of a supported format: it begins with {data[:12]!r}"
 
 
 def test_headers_that_disagree_are_refused():

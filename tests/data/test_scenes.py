@@ -8,9 +8,9 @@ import pytest
 import resvg_py
 from PIL import Image
 
-from mug.data import scenes
-from mug.data.openmoji import drawings, group_of, pairs
-from mug.data.scenes import CLASSES, FIGURES, LEAST, SIDE, build, class_of, compose
+from mug.data.builders import openmoji_scenes as scenes
+from mug.data.builders.openmoji import drawings, group_of, pairs
+from mug.data.builders.openmoji_scenes import CLASSES, FIGURES, MIN_SIDE, SIDE, build, class_of, compose
 
 
 @pytest.mark.parametrize(
@@ -37,18 +37,18 @@ def test_one_figure_covers_what_its_alpha_covers():
     draws[7:12] = (0.9, 0.0, 0.0, 0.25, 0.75)  # the last class, smallest; a quarter from the left, three from the top
     image, labels = compose([[], ["1F554"]], draws)
     png = resvg_py.svg_to_bytes(
-        svg_path=str(drawings() / "1F554.svg"), skip_system_fonts=True, width=LEAST, height=LEAST
+        svg_path=str(drawings() / "1F554.svg"), skip_system_fonts=True, width=MIN_SIDE, height=MIN_SIDE
     )
     alpha = np.asarray(Image.open(io.BytesIO(bytes(png))))[..., 3]
-    left, top = int(0.25 * (SIDE - LEAST + 1)), int(0.75 * (SIDE - LEAST + 1))
+    left, top = int(0.25 * (SIDE - MIN_SIDE + 1)), int(0.75 * (SIDE - MIN_SIDE + 1))
     expected = np.zeros((SIDE, SIDE), bool)
-    expected[top : top + LEAST, left : left + LEAST] = alpha >= 128
+    expected[top : top + MIN_SIDE, left : left + MIN_SIDE] = alpha >= 128
     assert set(np.unique(labels)) == {0, 2}
     assert ((labels == 2) != expected).mean() < 0.003, "but for the edge, which another rasteriser blurs another way"
     assert abs(int((labels == 2).sum()) - int(expected.sum())) < 12, "and that by no more than it gains"
     pixels = np.asarray(image).astype(float)
     far = np.ones((SIDE, SIDE), bool)
-    far[top : top + LEAST, left : left + LEAST] = False
+    far[top : top + MIN_SIDE, left : left + MIN_SIDE] = False
     ground = np.broadcast_to(np.linspace(120, 120 + 135 * 0.999, SIDE)[None, :, None], pixels.shape)
     assert np.abs(pixels - ground)[far].max() <= 1
     assert np.abs(pixels - ground)[labels == 2].mean() > 20

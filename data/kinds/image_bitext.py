@@ -1,0 +1,64 @@
+"""Images with a caption in two languages, its pairs of languages in turn; what cannot be used is replaced."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from mug.data.config import DataConfig
+from mug.data.kinds.bitext import open_translations, translation
+from mug.data.kinds.pairs import ImageSamples
+from mug.data.kinds.samples import Shape
+from mug.data.reader import Parts
+from mug.data.row_samples import Place, Shards, report_added, text_length_of
+from mug.data.tokenizer import Tokenizer
+from mug.data.views import View
+
+Config = DataConfig
+
+
+@dataclass(frozen=True, eq=False)
+class ImageBitext(ImageSamples):
+    """The images of an index with `captions` in at least two of the languages.
+
+    A batch has `image` uint8 [B, 3, S, S], or with V views `views` uint8 [B, V, 3, S, S], and what one of
+    `mug.data.kinds.bitext.Bitext` has.
+    """
+
+    kind: ClassVar[str] = "image_bitext"
+
+    def sample(self, place: Place, parts: Parts) -> Mapping[str, np.ndarray]:
+        """Returns the image of a row, and a translation between the two languages whose turn it is."""
+        return {**translation(self, place, parts), **self.pixels(place, parts[0])}
+
+
+def open_train(config: DataConfig, seed: int, shape: Shape) -> ImageBitext:
+    """Returns the images to train on.
+
+    Raises:
+        DataError: shards or tokenizer are missing or damaged, or fewer than two languages are given.
+    """
+    patterns, tokenizer = open_translations(config)
+    report_added(tokenizer)
+    shards = Shards.open(patterns, config)
+    view = shards.train_view(config, seed, tuple(config.crop_scale), config.flip)
+    return _image_bitext(config, shape, shards, tokenizer, view)
+
+
+def open_held_out(config: DataConfig, shape: Shape) -> ImageBitext | None:
+    """Returns the held-out images, in the order of the shards; None where there are none.
+
+    Raises:
+        DataError: see `open_train`.
+    """
+    if config.held_out is None:
+        return None
+    shards = Shards.open(config.held_out, config)
+    return _image_bitext(config, shape, shards, open_translations(config)[1], shards.evaluation_view())
+
+
+def _image_bitext(config: DataConfig, shape: Shape, shards: Shards, tokenizer: Tokenizer, view: View) -> ImageBitext:
+    length = text_length_of(config, shape)
+    images = shape.image_size, config.decode, shape.views
+    return ImageBitext(shards, view, tokenizer, length, config.languages(), *images)

@@ -1,0 +1,83 @@
+"""Texts, one of a row in each epoch, its languages in turn; what cannot be used is replaced."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from mug.data.config import TextConfig
+from mug.data.errors import DataError
+from mug.data.index.rows import PARTS
+from mug.data.kinds.samples import Shape
+from mug.data.reader import Parts
+from mug.data.row_samples import Place, RowSamples, Shards, load_tokenizer, report_added, text_length_of
+from mug.data.tokenizer import Tokenizer
+from mug.data.views import View
+
+Config = TextConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Texts(RowSamples):
+    """The texts of an index.
+
+    A batch has `tokens` int64 [B, T], BOS first, EOS and the language's token last, PAD after; `language` int64 [B],
+    its number among the tokenizer's; `position` int64 [B].
+    """
+
+    kind: ClassVar[str] = "text"
+    parts: ClassVar[tuple[str, ...]] = PARTS[1:]
+
+    def sample(self, place: Place, parts: Parts) -> Mapping[str, np.ndarray]:
+        """Returns a text of the row, in the language whose turn it is."""
+        found = self.wanted_texts(place, parts)
+        key = self.reader.index.key(place.shard, place.row)
+        language = list(found)[self.view.turn(place.epoch, key) % len(found)]
+        texts = found[language]
+        text = texts[int(self.view.caption(place.epoch, place.position) * len(texts))]
+        return {"tokens": self.encode(text, language), "language": self.language_number(language)}
+
+
+def open_train(config: TextConfig, seed: int, shape: Shape) -> Texts:
+    """Returns the texts to train on.
+
+    Raises:
+        DataError: shards or tokenizer are missing or damaged, or the tokenizer has no tokens of languages.
+    """
+    patterns, tokenizer = open_languages(config)
+    report_added(tokenizer)
+    shards = Shards.open(patterns, config, images_needed=False)
+    return _texts(config, shape, shards, tokenizer, shards.train_view(config, seed, (1.0, 1.0), False))
+
+
+def open_held_out(config: TextConfig, shape: Shape) -> Texts | None:
+    """Returns the held-out texts, in the order of the shards; None where there are none.
+
+    Raises:
+        DataError: see `open_train`.
+    """
+    if config.held_out is None:
+        return None
+    shards = Shards.open(config.held_out, config, images_needed=False)
+    return _texts(config, shape, shards, open_languages(config)[1], shards.evaluation_view())
+
+
+def _texts(config: TextConfig, shape: Shape, shards: Shards, tokenizer: Tokenizer, view: View) -> Texts:
+    return Texts(shards, view, tokenizer, text_length_of(config, shape), config.languages())
+
+
+def open_languages(config: TextConfig) -> tuple[str, Tokenizer]:
+    """Returns the patterns of the shards, and the tokenizer, which has a token for each language.
+
+    Raises:
+        DataError: one of them is not given, or the tokenizer is damaged or lacks such tokens.
+    """
+    if config.shards is None:
+        raise DataError("data.shards is missing: give the texts to train on")
+    tokenizer = load_tokenizer(config.tokenizer, config)
+    if not tokenizer.languages:
+        raise DataError(
+            "data.tokenizer has no tokens of languages: train one by run/train_tokenizer.py --model unigram"
+        )
+    return config.shards, tokenizer
