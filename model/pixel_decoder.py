@@ -6,15 +6,17 @@ Dimension letters: B batch, N patches, K visible, M masked, P values of a patch,
 import torch
 from torch import Tensor, nn
 
+from mug.kernels.masked_patch_loss import masked_patch_loss
+from mug.model.encoder import PIXEL_MEAN, PIXEL_STD
 from mug.model.positions import sincos_2d
-from mug.model.presets import ModelConfig
+from mug.model.presets import PixelDecoderConfig
 from mug.model.vit import Block, LayerNorm
 
 
 class PixelDecoder(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: PixelDecoderConfig):
         super().__init__()
-        width = config.pixel_width
+        self.config, width = config, config.pixel_width
         self.embed = nn.Linear(config.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         nn.init.normal_(self.mask_token, std=0.02)
@@ -34,10 +36,23 @@ class PixelDecoder(nn.Module):
             [B, M, P], in the order of `masked_BM`; values of a patch ordered (row, column, channel).
         """
         x = self.embed(encoded_BLD)  # [B, 1 + K, D]
-        # Attention does not care for the order of its tokens: the masked ones simply follow the visible ones.
-        visible = x[:, 1:] + self.positions_ND[visible_BK]
-        masked = self.mask_token + self.positions_ND[masked_BM]
+        # Attention does not depend on the order of its tokens: the masked ones simply follow the visible ones.
+        dtype = self.mask_token.dtype  # a bf16 model keeps its buffers in fp32
+        visible = (x[:, 1:] + self.positions_ND[visible_BK]).to(dtype)
+        masked = (self.mask_token + self.positions_ND[masked_BM]).to(dtype)
         x = torch.cat([x[:, :1], visible, masked], dim=1)  # [B, 1 + N, D]
         for block in self.blocks:
             x = block(x)
         return self.pred(self.norm(x[:, -masked_BM.shape[1] :]))  # [B, M, P]
+
+    def loss(self, image_BCHW: Tensor, encoded_BLD: Tensor, visible_BK: Tensor, masked_BM: Tensor) -> Tensor:
+        """Returns the mean squared error of the masked patches of uint8 images [B, 3, H, W] (section 3)."""
+        return masked_patch_loss(
+            image_BCHW,
+            self(encoded_BLD, visible_BK, masked_BM),
+            masked_BM,
+            patch_size=self.config.patch_size,
+            mean=PIXEL_MEAN,
+            std=PIXEL_STD,
+            normalize_patches=self.config.normalize_patches,
+        )

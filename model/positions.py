@@ -8,21 +8,21 @@ from torch import Tensor, nn
 
 
 def sincos_1d(width: int, place_N: Tensor) -> Tensor:
-    """fp64 [N, width]: sines, then cosines, of place / 10000^(2i/width)."""
+    """Returns fp64 [N, width]: sines, then cosines, of place / 10000^(2i/width)."""
     omega = 10000.0 ** -(torch.arange(width // 2, dtype=torch.float64) / (width / 2))
     angle = place_N.double()[:, None] * omega
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 def sincos_2d(width: int, grid: int) -> Tensor:
-    """fp32 [grid², width] in raster order: the first half of the width codes the column, the second the row."""
+    """Returns fp32 [grid², width] in raster order: the first half of the width codes the column, the second the row."""
     row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     halves = [sincos_1d(width // 2, axis.flatten()) for axis in (column, row)]
     return torch.cat(halves, dim=1).float()
 
 
-def stretched(positions_ND: Tensor, grid: int) -> Tensor:
-    """[grid², D]: positions of a square image, interpolated (bicubic) to another grid, as MAE's fine-tuning does."""
+def interpolate_pos_embed(positions_ND: Tensor, grid: int) -> Tensor:
+    """Returns [grid², D]: positions of a square image, interpolated (bicubic) to another grid, as in MAE's code."""
     own = round(len(positions_ND) ** 0.5)
     if own == grid:
         return positions_ND

@@ -1,21 +1,22 @@
 """The text decoder: uni-modal layers, then layers that cross-attend to the encoder's output (CoCa's shape).
 
-Padding costs nothing: captions are packed end to end before the first layer and unpacked after the last one.
+Padding costs nothing: captions are packed end to end before the first layer, and stay so up to their loss.
 
 Dimension letters: B batch, T tokens, L encoded image tokens, R tokens of all captions packed, D width, H heads,
 V vocabulary. x stands for [B, T, D], or packed [R, D].
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mug.kernels.attention import attention
+from mug.kernels.attention import attention, attention_kv, attention_qkv
 from mug.kernels.linear_cross_entropy import linear_cross_entropy
-from mug.model.presets import ModelConfig, Vocabulary
-from mug.model.recompute import linear_of, run_block
-from mug.model.vit import LayerNorm, Mlp
+from mug.model.activation_checkpointing import checkpointed, recomputing_linear
+from mug.model.presets import TextDecoderConfig, Vocabulary
+from mug.model.vit import NORM_EPS, LayerNorm, Mlp
 
 Cache = dict[str, Tensor]  # keys and values of one layer, [B, tokens so far, H, D/H]
 
@@ -27,28 +28,61 @@ class Packing(NamedTuple):
         row_R: int64 [R], the place of each packed token among the B·T.
         starts: int32 [B + 1], where each caption begins, and at last R.
         memory_starts: int32 [B + 1], the same of the image tokens.
-        longest: no caption, and no image, has more tokens.
+        longest: no caption has more tokens.
+        longest_memory: no image has more tokens.
     """
 
     row_R: Tensor
     starts: Tensor
     memory_starts: Tensor
     longest: int
+    longest_memory: int
 
 
-def pack(lengths_B: Tensor, T: int, L: int) -> Packing:
-    """How captions of these lengths lie end to end, beside images of L tokens each; the host waits for R."""
-    lengths_B = lengths_B.clamp(min=1)  # of a sample without caption too, so that no call is ever empty
-    row_R = (torch.arange(T, device=lengths_B.device) < lengths_B[:, None]).flatten().nonzero().squeeze(1)
-    starts = nn.functional.pad(lengths_B.cumsum(0), (1, 0)).int()
+def packed_rows(lengths_B: Tensor, T: int) -> Tensor:
+    """Returns int64 [R], the places among B·T of the tokens of captions of these lengths; the host waits for a GPU."""
+    return (torch.arange(T, device=lengths_B.device) < _at_least_one(lengths_B)[:, None]).flatten().nonzero().squeeze(1)
+
+
+def _at_least_one(lengths_B: Tensor) -> Tensor:
+    """Returns the lengths, min 1: one token of a sample without caption, too, so that no call is empty."""
+    return lengths_B.clamp(min=1)
+
+
+def pack(lengths_B: Tensor, T: int, L: int, row_R: Tensor | None = None) -> Packing:
+    """Returns the packing of captions of these lengths, for images of L tokens each; `row_R` as of `packed_rows`."""
+    row_R = packed_rows(lengths_B, T) if row_R is None else row_R
+    starts = nn.functional.pad(_at_least_one(lengths_B).cumsum(0), (1, 0)).int()
     memory_starts = L * torch.arange(len(lengths_B) + 1, device=lengths_B.device, dtype=torch.int32)
-    return Packing(row_R, starts, memory_starts, max(T, L))
+    return Packing(row_R, starts, memory_starts, T, L)
+
+
+def embed_words(
+    embed: Callable[[Tensor], Tensor],
+    position_embed_TD: Tensor,
+    tokens_BT: Tensor,
+    packing: Packing | None,
+    start: int = 0,
+) -> Tensor:
+    """Returns the embeddings [B, T, D], or packed [R, D], of words whose first stands at `start`, with positions.
+
+    Raises:
+        ValueError: more tokens than there are positions.
+    """
+    T = tokens_BT.shape[1]
+    if start + T > len(position_embed_TD):
+        raise ValueError(f"{start + T} tokens, the model takes {len(position_embed_TD)}")
+    positions_TD = position_embed_TD[start : start + T]
+    if packing is None:
+        return embed(tokens_BT) + positions_TD
+    # Not positions_TD[row_R % T], whose gradient adds token after token into T rows.
+    return embed(tokens_BT.flatten()[packing.row_R]) + nn.functional.embedding(packing.row_R % T, positions_TD)
 
 
 class TextSelfAttention(nn.Module):
-    """Of the normalised x."""
+    """Returns self-attention of the normalised x."""
 
-    recompute = "nothing"
+    activation_checkpointing = "none"
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -57,23 +91,24 @@ class TextSelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, norm: nn.Module, causal: bool, packing: Packing | None, cache: Cache | None) -> Tensor:
-        qkv = linear_of(norm, self.qkv, self.recompute, x)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)  # [B, T, H, D/H] or [R, H, D/H]
-        sequences = {}
-        if packing is not None:
-            starts = packing.starts
-            sequences = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen": packing.longest}
-        if cache is not None:  # T is 1: the new token sees all tokens so far
-            k = cache["k"] = torch.cat([cache["k"], k], dim=1) if "k" in cache else k
-            v = cache["v"] = torch.cat([cache["v"], v], dim=1) if "v" in cache else v
-            causal = False
-        return self.proj(attention(q, k, v, causal=causal, **sequences).flatten(-2))
+        qkv = recomputing_linear(norm, self.qkv, self.activation_checkpointing, x)
+        qkv = qkv.unflatten(-1, (3, self.heads, -1))  # [B, T, 3, H, D/H] or [R, 3, H, D/H]
+        if cache is None:
+            sequences: dict[str, Any] = (
+                {} if packing is None else {"cu_seqlens": packing.starts, "max_seqlen": packing.longest}
+            )
+            return self.proj(attention_qkv(qkv, causal=causal, **sequences).flatten(-2))
+        q, k, v = qkv.unbind(-3)
+        causal = causal and "k" not in cache  # later T is 1: the new token sees all tokens so far
+        k = cache["k"] = torch.cat([cache["k"], k], dim=1) if "k" in cache else k
+        v = cache["v"] = torch.cat([cache["v"], v], dim=1) if "v" in cache else v
+        return self.proj(attention(q, k, v, causal=causal).flatten(-2))
 
 
 class CrossAttention(nn.Module):
-    """Of the normalised x, to the image."""
+    """Returns cross-attention of the normalised x to the image."""
 
-    recompute = "nothing"
+    activation_checkpointing = "none"
 
     def __init__(self, width: int, heads: int, memory_width: int):
         super().__init__()
@@ -85,33 +120,35 @@ class CrossAttention(nn.Module):
     def forward(
         self, x: Tensor, norm: nn.Module, memory_BLD: Tensor, packing: Packing | None, cache: Cache | None
     ) -> Tensor:
-        q = linear_of(norm, self.q, self.recompute, x).unflatten(-1, (self.heads, -1))
-        if cache is not None and "memory_k" in cache:
-            k, v = cache["memory_k"], cache["memory_v"]
+        q = recomputing_linear(norm, self.q, self.activation_checkpointing, x).unflatten(-1, (self.heads, -1))
+        if cache is not None and "memory_kv" in cache:
+            kv = cache["memory_kv"]
         else:
-            k, v = self.kv(memory_BLD).unflatten(-1, (2, self.heads, -1)).unbind(2)
+            kv = self.kv(memory_BLD).unflatten(-1, (2, self.heads, -1))  # [B, L, 2, H, D/H]
         if cache is not None:
-            cache["memory_k"], cache["memory_v"] = k, v
+            cache["memory_kv"] = kv
         if packing is None:
-            return self.proj(attention(q, k, v).flatten(-2))
+            return self.proj(attention_kv(q, kv).flatten(-2))
         starts = {"cu_seqlens_q": packing.starts, "cu_seqlens_k": packing.memory_starts}
-        out = attention(q, k.flatten(0, 1), v.flatten(0, 1), max_seqlen=packing.longest, **starts)
-        return self.proj(out.flatten(-2))
+        longest = {"max_seqlen_q": packing.longest, "max_seqlen_k": packing.longest_memory}
+        kv = kv.reshape(-1, *kv.shape[-3:])  # of images of one size, or packed as it is
+        return self.proj(attention_kv(q, kv, **starts, **longest).flatten(-2))
 
 
 class TextBlock(nn.Module):
     """Pre-norm block; cross-attends to the image between self-attention and MLP if `memory_width` is given."""
 
-    recompute = "nothing"
+    activation_checkpointing = "none"
+    ragged = True  # x has as many rows as the captions have tokens
 
-    def __init__(self, width: int, heads: int, memory_width: int | None = None):
+    def __init__(self, width: int, heads: int, memory_width: int | None = None, norm_eps: float = NORM_EPS):
         super().__init__()
-        self.norm1 = LayerNorm(width)
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = TextSelfAttention(width, heads)
         if memory_width is not None:
-            self.norm_cross = LayerNorm(width)
+            self.norm_cross = nn.LayerNorm(width, eps=norm_eps)
             self.cross_attn = CrossAttention(width, heads, memory_width)
-        self.norm2 = LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = Mlp(width, 4 * width)
         self.cross = memory_width is not None
 
@@ -123,7 +160,7 @@ class TextBlock(nn.Module):
         packing: Packing | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        return run_block(self._layers, self.recompute, x, memory_BLD, causal, packing, cache)
+        return checkpointed(self._layers, self.activation_checkpointing, x, memory_BLD, causal, packing, cache)
 
     def _layers(
         self, x: Tensor, memory_BLD: Tensor, causal: bool, packing: Packing | None, cache: Cache | None
@@ -143,15 +180,20 @@ class CaptionHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocabulary.size, width))
         nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, hidden_BTD: Tensor, target_BT: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """(loss, accuracy) over the targets that are not PAD; without targets, logits [B, T, V]."""
-        if target_BT is None:
-            return nn.functional.linear(hidden_BTD, self.weight)
-        return linear_cross_entropy(hidden_BTD.flatten(0, 1), self.weight, target_BT.flatten(), ignore_index=self.pad)
+    def forward(
+        self, hidden: Tensor, target_R: Tensor | None = None, kept_K: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Returns (loss, accuracy) of packed states [R, D] over targets other than PAD; without them, logits [.., V].
+
+        `kept_K`, int64: the rows of these targets; without them, the host waits for a GPU.
+        """
+        if target_R is None:
+            return nn.functional.linear(hidden, self.weight)
+        return linear_cross_entropy(hidden, self.weight, target_R, ignore_index=self.pad, kept_K=kept_K)
 
 
 class TextDecoder(nn.Module):
-    def __init__(self, config: ModelConfig, vocabulary: Vocabulary):
+    def __init__(self, config: TextDecoderConfig, vocabulary: Vocabulary):
         super().__init__()
         width, heads = config.text_width, config.text_heads
         self.embed = nn.Embedding(vocabulary.size, width)
@@ -171,37 +213,26 @@ class TextDecoder(nn.Module):
         memory_BLD: Tensor,
         *,
         causal: bool = True,
-        lengths_B: Tensor | None = None,
+        packing: Packing | None = None,
         caches: list[Cache] | None = None,
     ) -> Tensor:
-        """Hidden states, before the head.
+        """Returns hidden states, before the head.
 
         Args:
             tokens_BT: int64 [B, T]; with `caches`, the one newest token, [B, 1].
             memory_BLD: [B, L, encoder width], the encoder's output.
-            causal: token t sees tokens 0..t alone.
-            lengths_B: int [B], tokens from there on are padding: no layer sees them, and their output is 0, except
-                of the first one. None: all T tokens count.
+            causal: token t sees only tokens 0..t.
+            packing: of `pack`, the tokens that are not padding: no layer sees the others. None: all T tokens count.
             caches: one dict a layer, filled and grown here.
 
         Returns:
-            [B, T, D], normalised.
+            [B, T, D], or packed [R, D]; normalised.
 
         Raises:
             ValueError: more tokens than the model's text length.
         """
-        (B, T), L = tokens_BT.shape, memory_BLD.shape[1]
         start = caches[0]["k"].shape[1] if caches and "k" in caches[0] else 0
-        if start + T > len(self.position_embed):
-            raise ValueError(f"{start + T} tokens, the model takes {len(self.position_embed)}")
-        packing, tokens, positions = None, tokens_BT, self.position_embed[start : start + T]
-        if lengths_B is not None:
-            packing = pack(lengths_B, T, L)
-            tokens, positions = tokens_BT.flatten()[packing.row_R], positions[packing.row_R % T]
-        x = self.embed(tokens) + positions
+        x = embed_words(self.embed, self.position_embed, tokens_BT, packing, start)
         for layer, block in enumerate(self.blocks):
             x = block(x, memory_BLD, causal, packing, None if caches is None else caches[layer])
-        x = self.norm(x)
-        if packing is None:
-            return x
-        return x.new_zeros(B * T, x.shape[-1]).index_copy(0, packing.row_R, x).view(B, T, -1)
+        return self.norm(x)

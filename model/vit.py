@@ -4,59 +4,74 @@ Dimension letters: B batch, N tokens, D width, H heads.
 """
 
 from functools import partial
+from typing import Any
 
+import torch
 from timm.layers import Attention
 from timm.layers import Mlp as TimmMlp
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
-from mug.kernels.attention import attention
-from mug.model.recompute import linear_of, run_block
+from mug.kernels.attention import attention_qkv
+from mug.model.activation_checkpointing import checkpointed, recomputing_linear
 
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+NORM_EPS = 1e-6  # MAE's and timm's
+LayerNorm = partial(nn.LayerNorm, eps=NORM_EPS)
 
 
 class SelfAttention(Attention):
     """timm's attention (parameters `qkv`, `proj`) on the project's kernel, of the normalised x."""
 
-    recompute = "nothing"
+    activation_checkpointing = "none"
 
-    def forward(self, x_BND: Tensor, norm: nn.Module) -> Tensor:
+    def forward(  # pyrefly: ignore[bad-override]  # takes the norm
+        self, x_BND: Tensor, norm: nn.Module, keys_B: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
         B, N, _ = x_BND.shape
-        qkv = linear_of(norm, self.qkv, self.recompute, x_BND)
-        q_BNHD, k_BNHD, v_BNHD = qkv.view(B, N, 3, self.num_heads, -1).unbind(2)
-        return self.proj(attention(q_BNHD, k_BNHD, v_BNHD).reshape(B, N, -1))
+        qkv = recomputing_linear(norm, self.qkv, self.activation_checkpointing, x_BND).view(B, N, 3, self.num_heads, -1)
+        if keys_B is None or not causal:
+            return self.proj(attention_qkv(qkv, causal=causal, kv_lengths=keys_B).reshape(B, N, -1))
+        # Each query sees either the prefix or all keys up to its own: the kernels have masks for both.
+        prefix = attention_qkv(qkv, kv_lengths=keys_B)
+        within_BN = torch.arange(N, device=x_BND.device) < keys_B[:, None]
+        return self.proj(prefix.where(within_BN[..., None, None], attention_qkv(qkv, causal=True)).reshape(B, N, -1))
 
 
 class Mlp(TimmMlp):
     """timm's MLP (parameters `fc1`, `fc2`), of the normalised x."""
 
-    recompute = "nothing"
+    activation_checkpointing = "none"
 
-    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
-        hidden = linear_of(norm, self.fc1, self.recompute, x)
-        return linear_of(self.act, self.fc2, self.recompute, hidden)
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:  # pyrefly: ignore[bad-override]  # takes the norm
+        hidden = recomputing_linear(norm, self.fc1, self.activation_checkpointing, x)
+        return recomputing_linear(self.act, self.fc2, self.activation_checkpointing, hidden)
 
 
 class Block(vision_transformer.Block):
-    """A pre-norm ViT block with timm's parameter names, MLP of 4 x width; stochastic depth where it is put in."""
+    """A pre-norm ViT block with timm's parameter names, MLP of 4 x width; stochastic depth where it is added."""
 
-    recompute = "nothing"
+    activation_checkpointing = "none"
+    ragged = False  # x has the same shape in all steps
 
-    def __init__(self, width: int, heads: int):
-        super().__init__(width, heads, qkv_bias=True, norm_layer=LayerNorm, mlp_layer=Mlp)
+    def __init__(self, width: int, heads: int, norm_eps: float = NORM_EPS):
+        norm: Any = partial(nn.LayerNorm, eps=norm_eps)
+        super().__init__(width, heads, qkv_bias=True, norm_layer=norm, mlp_layer=Mlp)
         self.attn = SelfAttention(width, heads, qkv_bias=True)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        return run_block(self._layers, self.recompute, x_BND)
+    def forward(  # pyrefly: ignore[bad-override]  # other masks
+        self, x_BND: Tensor, keys_B: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
+        """Returns [B, N, D]. A query sees the first `keys_B` keys, int [B], or all; if `causal`, those up to its own,
+        and with both the union: a prefix seen by all, and what follows it from left to right."""
+        return checkpointed(self._layers, self.activation_checkpointing, x_BND, keys_B, causal)
 
-    def _layers(self, x_BND: Tensor) -> Tensor:
-        x_BND = x_BND + self.drop_path1(self.attn(x_BND, self.norm1))
+    def _layers(self, x_BND: Tensor, keys_B: Tensor | None, causal: bool) -> Tensor:
+        x_BND = x_BND + self.drop_path1(self.attn(x_BND, self.norm1, keys_B, causal))
         return x_BND + self.drop_path2(self.mlp(x_BND, self.norm2))
 
 
 def init_weights(module: nn.Module) -> None:
-    """MAE's initialisation: Xavier-uniform linear layers, zero biases; normal(0.02) embeddings."""
+    """Initialise as MAE: Xavier-uniform linear layers, zero biases; normal(0.02) embeddings."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from mug.model.mug import MUG
-from mug.model.presets import ModelConfig, Vocabulary, resolve
+from mug.model.objectives.mug import MUG, MUGConfig
+from mug.model.objectives.objective import Context
+from mug.model.presets import Vocabulary, resolve
 
-MICRO = ModelConfig(
+MICRO = MUGConfig(
     image_size=32,
     patch_size=8,
     width=32,
@@ -32,16 +33,17 @@ def vocabulary() -> Vocabulary:
 
 @pytest.fixture(scope="session")
 def make_model(vocabulary):
-    """Function (preset or "micro", options of ModelConfig) → MUG.
+    """Function (preset or "micro", options of MUGConfig) → MUG.
 
     `noise` is added to every parameter, so that biases and norms are not at their neutral start.
     """
 
     def make(preset: str = "micro", *, noise: float = 0.02, seed: int = 7, vocabulary=vocabulary, **options) -> MUG:
-        base = MICRO if preset == "micro" else ModelConfig(preset=preset)
+        base = MICRO if preset == "micro" else MUGConfig(preset=preset)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = MUG(resolve(dataclasses.replace(base, **options)), vocabulary, seed=seed)
+            config = resolve(dataclasses.replace(base, **options))
+            model = MUG(config, Context(seed=seed, vocabulary=vocabulary))
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(torch.randn_like(parameter), alpha=noise)

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from mug.model.generate import beam_search, greedy
+from mug.model.text_decoder import pack
 
 
 def logits_of(model, batch):
-    visible, _ = model.forward_mask(batch["position"])
+    visible, _ = model.mask(batch["position"])
     memory = model.encoder(batch["image"], visible)
     return model.text_decoder.head(model.text_decoder(batch["tokens"], memory))
 
@@ -55,7 +56,7 @@ def test_later_tokens_do_not_move_earlier_logits(tiny, make_batch):
 @torch.inference_mode()
 def test_pixels_of_masked_patches_do_not_move_a_logit_and_those_of_visible_ones_do(tiny, make_batch):
     batch = make_batch(tiny, [22, 22])
-    visible, masked = tiny.forward_mask(batch["position"])
+    visible, masked = tiny.mask(batch["position"])
     before = logits_of(tiny, batch)
     hidden_changed = logits_of(tiny, {**batch, "image": flip_patches(batch["image"], masked, 8)})
     assert torch.equal(hidden_changed, before)
@@ -100,17 +101,17 @@ def test_captions_packed_end_to_end_give_the_states_and_gradients_of_each_alone(
     memory = torch.randn(len(words), 5, tiny.config.width, generator=torch.Generator().manual_seed(0))
     memory.requires_grad_()
     leaves = [memory, *tiny.text_decoder.parameters()]
-    packed = tiny.text_decoder(batch["tokens"], memory, causal=causal, lengths_B=lengths)
-    # A row of padding alone keeps one token.
-    assert all((packed[b, max(n, 1) :] == 0).all() for b, n in enumerate(lengths))
+    packing = pack(lengths, T=24, L=5)
+    states = tiny.text_decoder(batch["tokens"], memory, causal=causal, packing=packing)
+    packed = states.split(lengths.clamp(min=1).tolist())  # a row of padding alone keeps one token
     gradients = torch.autograd.grad(
-        sum(packed[b, :n].sin().sum() for b, n in enumerate(lengths)), leaves, allow_unused=True
+        sum(packed[b][:n].sin().sum() for b, n in enumerate(lengths)), leaves, allow_unused=True
     )
     alone = [
         tiny.text_decoder(batch["tokens"][b : b + 1, :n], memory[b : b + 1], causal=causal)[0]
         for b, n in enumerate(lengths) if n
     ]  # fmt: skip
-    kept = [packed[b, :n] for b, n in enumerate(lengths) if n]
+    kept = [packed[b][:n] for b, n in enumerate(lengths) if n]
     torch.testing.assert_close(kept, alone, atol=2e-5, rtol=0)
     expected = torch.autograd.grad(sum(x.sin().sum() for x in alone), leaves, allow_unused=True)
     for gradient, truth in zip(gradients, expected, strict=True):
@@ -127,7 +128,7 @@ def test_bfloat16_losses_stay_near_fp32(make_model, make_batch, captioning):
     batch = make_batch(model, [20, 9, None, 4])
     exact, _ = model(batch)
     rounded, _ = model.bfloat16()(batch)
-    for term in model.terms:
+    for term in model.active:
         assert rounded[term].dtype == torch.float32
         assert rounded[term].item() == pytest.approx(exact[term].item(), rel=2e-2)
 
@@ -156,8 +157,10 @@ def test_a_batch_of_four_is_learnt_word_for_word(make_model, make_batch):
         optimizer.zero_grad()
     assert losses["caption"].item() < 0.05 and report["accuracy/caption"].item() == 1
     with torch.inference_mode():
-        memory = model.encoder(batch["image"], model.forward_mask(batch["position"])[0])
-        assert torch.equal(greedy(model, memory), batch["tokens"])
+        memory = model.encoder(batch["image"], model.mask(batch["position"])[0])
+        assert torch.equal(greedy(model.text_decoder, model.vocabulary, memory), batch["tokens"])
         for beams in range(1, 5):
-            assert torch.equal(beam_search(model, memory, beams), batch["tokens"])
-        assert torch.equal(greedy(model, memory.flip(0)), batch["tokens"].flip(0))  # it is the image that decides
+            assert torch.equal(beam_search(model.text_decoder, model.vocabulary, memory, beams), batch["tokens"])
+        assert torch.equal(
+            greedy(model.text_decoder, model.vocabulary, memory.flip(0)), batch["tokens"].flip(0)
+        )  # it is the image that decides

@@ -1,22 +1,27 @@
 """The classifier against timm's ViT, and what is random in it."""
 
+import dataclasses
+
 import pytest
 import timm
 import torch
 from torch import nn
 
-from mug.model.classifier import Classifier, DropPath, choose_paths, layer_of
 from mug.model.encoder import Encoder
-from mug.model.presets import ModelConfig, resolve
+from mug.model.objectives.classify import Classify, ClassifyConfig
+from mug.model.objectives.objective import Context
+from mug.model.presets import resolve
+from mug.model.stochastic_depth import DropPath, sample_drop_path
 
-CONFIG = resolve(ModelConfig(image_size=16, patch_size=4, width=16, depth=3, heads=2))
+SIZES = {"image_size": 16, "patch_size": 4, "width": 16, "depth": 3, "heads": 2}
 CLASSES = 7
 MEAN, STD = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
-def classifier(pool: str, drop_path: float = 0.0) -> Classifier:
+def classifier(pool: str, drop_path: float = 0.0) -> Classify:
     torch.manual_seed(0)
-    model = Classifier(Encoder(CONFIG), CONFIG, CLASSES, pool, drop_path, seed=5)
+    config = resolve(ClassifyConfig(**SIZES, pool=pool, drop_path=drop_path))
+    model = Classify(config, Context(seed=5, class_names=tuple("abcdefg")))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -38,9 +43,8 @@ def test_the_logits_are_those_of_timms_vit(pool, timm_pool):
     state = dict(model.encoder.state_dict())
     positions_ND = state.pop("positions_ND")
     state["pos_embed"] = nn.functional.pad(positions_ND, (0, 0, 1, 0))[None]
-    norm = "fc_norm" if pool == "mean" else "norm"
-    weights = (model.norm if pool == "mean" else model.encoder.norm).state_dict()
-    state |= {f"{norm}.{name}": value for name, value in weights.items()}
+    if pool == "mean":
+        state |= {f"fc_{name}": state.pop(name) for name in ("norm.weight", "norm.bias")}
     state |= {f"head.{name}": value for name, value in model.head.state_dict().items()}
     theirs.load_state_dict(state)
     image = batch()["image"]
@@ -79,30 +83,48 @@ def test_dropped_branches_depend_on_seed_and_position_alone():
     assert whole == pytest.approx(sum(parts) / 3, rel=1e-5)
     moved = model({**given, "position": given["position"] + 1000})[0]["class"].item()
     assert moved != pytest.approx(whole, rel=1e-5)
-    model.seed = 6
+    model.context = dataclasses.replace(model.context, seed=6)
     assert model(given)[0]["class"].item() != pytest.approx(whole, rel=1e-5)
 
 
 def test_the_rate_rises_linearly_and_is_the_share_left_out():
     model = classifier("mean", drop_path=0.4).train()
     assert [drop.rate for drop in model.drops] == pytest.approx([0, 0, 0.2, 0.2, 0.4, 0.4])
-    choose_paths(model.drops, model.seed, torch.arange(20_000))
-    for drop in model.drops:
-        assert drop.keep_B.float().mean().item() == pytest.approx(1 - drop.rate, abs=0.02)
-    together = (model.drops[4].keep_B & model.drops[5].keep_B).float().mean().item()
+    sample_drop_path(model.drops, 5, torch.arange(20_000))
+    assert model.drops[0].scale_B is model.drops[1].scale_B is None
+    kept = {i: model.drops[i].scale_B > 0 for i in range(2, 6)}
+    for i, kept_B in kept.items():
+        assert kept_B.float().mean().item() == pytest.approx(1 - model.drops[i].rate, abs=0.02)
+        assert model.drops[i].scale_B.mean().item() == pytest.approx(1, abs=0.05)
+    together = (kept[4] & kept[5]).float().mean().item()
     assert together == pytest.approx(0.36, abs=0.02), "the branches of a block are left out independently"
 
 
 def test_drop_path_scales_what_it_keeps():
     drop = DropPath(0.2).train()
-    drop.keep_B = torch.tensor([True, False])
+    drop.scale_B = torch.tensor([1.25, 0])
     x = torch.ones(2, 3, 4)
     assert drop(x)[0].unique().tolist() == [1.25] and not drop(x)[1].any()
     assert torch.equal(drop.eval()(x), x)
 
 
-def test_layers_are_numbered_from_the_patches_to_the_head():
-    numbers = {name: layer_of(name, 12) for name in ("encoder.cls_token", "encoder.patch_embed.proj.weight")}
-    assert set(numbers.values()) == {0}
-    assert layer_of("encoder.blocks.0.norm1.weight", 12) == 1 and layer_of("encoder.blocks.11.mlp.fc2.bias", 12) == 12
-    assert layer_of("head.weight", 12) == layer_of("norm.bias", 12) == layer_of("encoder.norm.weight", 12) == 13
+@torch.inference_mode()
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_an_adopted_encoder_keeps_its_weights_and_pooled_by_mean_gets_a_fresh_norm(pool):
+    model, theirs = classifier(pool), classifier(pool).encoder
+    for parameter in theirs.parameters():
+        parameter.add_(0.5)
+    fresh = Classify(model.config, model.context)
+    fresh.adopt(theirs)
+    for name, parameter in fresh.encoder.named_parameters():
+        if pool == "mean" and name.startswith("norm."):
+            assert torch.equal(parameter, torch.full_like(parameter, name == "norm.weight")), name
+        else:
+            assert torch.equal(parameter, theirs.get_parameter(name)), name
+
+
+def test_an_encoder_with_computed_positions_is_adopted_with_them():
+    model, plain = classifier("cls"), Encoder(resolve(ClassifyConfig(**SIZES)))
+    model.adopt(plain)
+    assert torch.equal(model.encoder.positions_ND, plain.positions_ND)
+    assert isinstance(model.encoder.positions_ND, nn.Parameter)

@@ -1,10 +1,13 @@
 """The encoder against timm: same parameter names, same values."""
 
+import plain
 import pytest
 import timm
 import torch
+from plain import noisy, prefix_mask
 
 from mug.model.positions import sincos_2d
+from mug.model.vit import Block
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +65,28 @@ def test_the_order_of_the_visible_patches_only_reorders_the_output(make_model, m
     out, turned = model.encoder(image, visible), model.encoder(image, visible.flip(1))
     torch.testing.assert_close(out[:, 1:].flip(1), turned[:, 1:], atol=1e-5, rtol=0)
     torch.testing.assert_close(out[:, 0], turned[:, 0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("keys", [None, (4, 1, 6)])
+def test_a_block_sees_a_prefix_what_comes_before_or_both(causal, keys):
+    torch.manual_seed(0)
+    block, x_BND = noisy(Block(16, 2)), torch.randn(3, 6, 16)
+    p = {f"b.{name}": value.detach().double() for name, value in block.named_parameters()}
+    found = block(x_BND, None if keys is None else torch.tensor(keys), causal)
+    for b in range(3):
+        prefix = 0 if keys is None and causal else 6 if keys is None else keys[b]
+        sees_NN = prefix_mask(6, prefix) if causal else (torch.arange(6) < prefix).expand(6, 6)
+        expected = plain.block(p, "b", 2, x_BND[b].double(), sees_NN)
+        torch.testing.assert_close(found[b].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_words_follow_the_patches_and_are_seen_by_all(make_model):
+    encoder = make_model().encoder
+    image = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    words_BTD = torch.randn(2, 3, 32)
+    alone, keys_B = encoder(image), torch.tensor([17, 20])
+    both = encoder(image, words_BTD=words_BTD, keys_B=keys_B)
+    assert both.shape == (2, 20, 32)
+    torch.testing.assert_close(both[0, :17], alone[0])  # its words are padding
+    assert not torch.allclose(both[1, :17], alone[1], atol=1e-3)

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mug.kernels import attention, attention_backends, masked_patch_loss
 from mug.model import text_decoder
@@ -17,11 +18,11 @@ def mended_interpreter(monkeypatch):
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     patch = interpreter._patch_lang_tensor
 
-    def patch_and_mend(tensor, *scope):
+    def patch_and_repair(tensor, *scope):
         patch(tensor, *scope)
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_mend)
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_repair)
 
 
 def train(make_model, make_batch, steps: int, device: str = "cpu") -> list[tuple[float, float]]:
@@ -64,7 +65,7 @@ ON_GPU = ["triton", "sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "sdpa_
 def train_on_attention(make_model, make_batch, monkeypatch, backend, device):
     """(losses with the backend, with the reference)."""
     calls, chosen = [], attention_backends.RUN[backend]
-    monkeypatch.setitem(attention.RUN, backend, lambda *inputs: calls.append(inputs[0].shape) or chosen(*inputs))
+    monkeypatch.setitem(attention.RUN, backend, lambda *inputs: calls.append(inputs) or chosen(*inputs))
     monkeypatch.setattr(attention, "DEFAULT_BACKEND", "reference")
     expected = train(make_model, make_batch, 20, device)
     assert not calls
@@ -86,3 +87,27 @@ def test_twenty_steps_on_each_attention_on_a_gpu(make_model, make_batch, monkeyp
     if backend.startswith("flash") and not attention_backends.installed(backend):
         pytest.skip("not installed")
     assert_same(*train_on_attention(make_model, make_batch, monkeypatch, backend, "cuda"), rtol=2e-2)
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*arguments, **(options or {}))
+
+
+@needs_interpreter
+def test_backward_neither_stacks_gradients_nor_adds_them_row_by_row(make_model, make_batch, monkeypatch):
+    monkeypatch.setattr(attention, "DEFAULT_BACKEND", "triton")
+    model = make_model(image_size=16, width=32, text_width=16, pixel_width=16)
+    packing = text_decoder.pack(torch.tensor([5, 4]), T=8, L=5)
+    hidden_RD = model.text_decoder(torch.ones(2, 8).long(), torch.randn(2, 5, 32), packing=packing)
+    with Operators() as operators:
+        hidden_RD.sum().backward()
+    assert {"attention_backward", "embedding_dense_backward"} <= operators.names
+    assert not {name for name in operators.names if name == "stack" or "index_put" in name}

@@ -11,20 +11,21 @@ from transformers.models.vit_mae.modeling_vit_mae import ViTMAEEmbeddings
 from mug.kernels.masked_patch_loss import masked_patch_loss
 from mug.model import interchange
 from mug.model.encoder import PIXEL_MEAN, PIXEL_STD, Encoder
+from mug.model.objectives.mug import MUGConfig
 from mug.model.pixel_decoder import PixelDecoder
-from mug.model.presets import ModelConfig, ModelConfigError, resolve
+from mug.model.presets import ModelConfigError, resolve
 
 BAR = 1e-4
 
 
-def timm_model(config: ModelConfig, **options):
+def timm_model(config: MUGConfig, **options):
     sizes = {"img_size": config.image_size, "patch_size": config.patch_size, "embed_dim": config.width}
     return timm.create_model(
         "vit_base_patch16_224", depth=config.depth, num_heads=config.heads, **sizes, **{"num_classes": 0, **options}
     ).eval()
 
 
-def vit_sizes(config: ModelConfig) -> dict:
+def vit_sizes(config: MUGConfig) -> dict:
     return {
         "hidden_size": config.width,
         "num_hidden_layers": config.depth,
@@ -36,7 +37,7 @@ def vit_sizes(config: ModelConfig) -> dict:
     }
 
 
-def vitmae_config(config: ModelConfig) -> ViTMAEConfig:
+def vitmae_config(config: MUGConfig) -> ViTMAEConfig:
     return ViTMAEConfig(
         **vit_sizes(config),
         decoder_hidden_size=config.pixel_width,
@@ -48,7 +49,7 @@ def vitmae_config(config: ModelConfig) -> ViTMAEConfig:
     )
 
 
-def images(config: ModelConfig, count: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+def images(config: MUGConfig, count: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 images, and the same normalised."""
     side = config.image_size
     image = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=torch.manual_seed(3))
@@ -129,7 +130,7 @@ def compare_mae(model, theirs: ViTMAEForPreTraining, image, normalized) -> None:
 
 @pytest.mark.parametrize("preset", ["large", "huge"])
 def test_large_models_fit_by_name_and_shape(preset):
-    config = resolve(ModelConfig(preset))
+    config = resolve(MUGConfig(preset))
     name = f"vit_{preset}_patch{config.patch_size}_224"
     with torch.device("meta"):
         encoder, decoder = Encoder(config), PixelDecoder(config)
@@ -194,7 +195,7 @@ def state_of(model, folder, saved: bool):
 
 def test_positions_are_maes():
     """transformers computes MAE's table by itself."""
-    config = resolve(ModelConfig("tiny"))
+    config = resolve(MUGConfig("tiny"))
     theirs = ViTMAEEmbeddings(vitmae_config(config))
     theirs.initialize_weights()
     assert difference(interchange.to_timm(Encoder(config))["pos_embed"], theirs.position_embeddings) < 1e-6
@@ -236,12 +237,12 @@ def timm_state(config, **options):
 
 
 REFUSED = {
-    "another width": ({"width": 48}, {}, "another size: cls_token is (1, 1, 48), our encoder's is (1, 1, 32)"),
+    "another width": ({"width": 48}, {}, "another size: cls_token is (1, 1, 48), but (1, 1, 32) in the encoder"),
     "another image size": ({"image_size": 64}, {}, "another size: pos_embed is (1, 65, 32)"),
-    "fewer blocks": ({"depth": 1}, {}, "lack blocks.1."),
-    "more blocks": ({"depth": 3}, {}, "hold blocks.2."),
-    "pooled by mean": ({}, {"global_pool": "avg"}, "lack norm.weight"),
-    "layer scale": ({}, {"init_values": 0.1}, "hold blocks.0.ls1.gamma"),
+    "fewer blocks": ({"depth": 1}, {}, "missing key blocks.1."),
+    "more blocks": ({"depth": 3}, {}, "unexpected key blocks.2."),
+    "pooled by mean": ({}, {"global_pool": "avg"}, "missing key norm.weight"),
+    "layer scale": ({}, {"init_values": 0.1}, "unexpected key blocks.0.ls1.gamma"),
 }
 
 
@@ -259,7 +260,7 @@ def test_other_vits_are_refused_by_name(make_model, case):
 
 def test_an_encoder_alone_is_no_mae(make_model):
     model = make_model()
-    with pytest.raises(ModelConfigError, match="lack mask_token"):
+    with pytest.raises(ModelConfigError, match="missing key mask_token"):
         interchange.load_mae(model, interchange.to_timm(model.encoder))
 
 
@@ -275,5 +276,5 @@ def test_a_missing_third_of_qkv_is_named(make_model):
     model = make_model()
     state = interchange.to_vit(interchange.to_timm(model.encoder))
     del state["encoder.layer.1.attention.attention.key.weight"]
-    with pytest.raises(ModelConfigError, match=r"lack blocks\.1\.attn\.qkv\.weight"):
+    with pytest.raises(ModelConfigError, match=r"missing key blocks\.1\.attn\.qkv\.weight"):
         interchange.load_encoder(model.encoder, state)

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from mug.model.captioning import masked_language
-from mug.model.presets import ModelConfig, ModelConfigError, Vocabulary, resolve
+from mug.model.objectives.mug import MUGConfig
+from mug.model.presets import ModelConfigError, Vocabulary, resolve
+from mug.model.text_decoder import pack
 
 WORDS = Vocabulary(size=1000, pad=0, bos=1, eos=2, mask=3)
 SEED = 11
@@ -94,16 +96,17 @@ def test_padding_does_not_move_a_logit(make_model, make_batch):
     batch = make_batch(model, [4, 7])
     memory = model.encoder(batch["image"])
     lengths = torch.tensor([6, 9])
-    before = model.text_decoder(batch["tokens"], memory, causal=False, lengths_B=lengths)
+    packing = pack(lengths, T=12, L=memory.shape[1])
+    before = model.text_decoder(batch["tokens"], memory, causal=False, packing=packing).split(lengths.tolist())
     for b, length in enumerate(lengths):
         tokens = batch["tokens"][b : b + 1]
         other = tokens.clone()
         other[:, length:] = 5
-        options = {"causal": False, "lengths_B": lengths[b : b + 1]}
-        after = model.text_decoder(other, memory[b : b + 1], **options)[:, :length]
-        torch.testing.assert_close(after[0], before[b, :length], atol=1e-6, rtol=0)
+        packing = pack(lengths[b : b + 1], T=12, L=memory.shape[1])
+        after = model.text_decoder(other, memory[b : b + 1], causal=False, packing=packing)
+        torch.testing.assert_close(after, before[b], atol=1e-6, rtol=0)
         short = model.text_decoder(tokens[:, :length], memory[b : b + 1], causal=False)
-        torch.testing.assert_close(short[0], before[b, :length], atol=2e-6, rtol=0)
+        torch.testing.assert_close(short[0], before[b], atol=2e-6, rtol=0)
 
 
 @torch.inference_mode()
@@ -111,11 +114,11 @@ def test_both_sides_are_seen(make_model, make_batch):
     model = make_model(captioning="masked-language")
     batch = make_batch(model, [6])
     memory = model.encoder(batch["image"])
-    before = model.text_decoder(batch["tokens"], memory, causal=False, lengths_B=torch.tensor([8]))
+    before = model.text_decoder(batch["tokens"], memory, causal=False)
     for t in (1, 6):
         tokens = batch["tokens"].clone()
         tokens[0, t] = 4 + (tokens[0, t] + 1) % 16
-        after = model.text_decoder(tokens, memory, causal=False, lengths_B=torch.tensor([8]))
+        after = model.text_decoder(tokens, memory, causal=False)
         assert ((after - before)[0].abs().amax(-1) > 1e-5).all()
 
 
@@ -124,7 +127,7 @@ def test_loss_is_the_cross_entropy_of_the_hidden_words(make_model, make_batch):
     model = make_model("tiny", captioning="masked-language")
     batch = make_batch(model, [22, 1, 7])
     task = masked_language(batch["tokens"], batch["position"], model.vocabulary, model.seed)
-    memory = model.encoder(batch["image"], model.forward_mask(batch["position"])[0])
+    memory = model.encoder(batch["image"], model.mask(batch["position"])[0])
     terms = []
     for b in range(3):
         length = int(task.lengths_B[b])
@@ -140,5 +143,5 @@ def test_a_vocabulary_without_mask_token_is_refused(make_model):
     no_mask = Vocabulary(size=20, pad=0, bos=1, eos=2, mask=None)
     with pytest.raises(ModelConfigError, match="masked-language needs a tokenizer with a mask token"):
         make_model(captioning="masked-language", vocabulary=no_mask)
-    assert resolve(ModelConfig(captioning="masked-language")).captioning == "masked-language"
+    assert resolve(MUGConfig(captioning="masked-language")).captioning == "masked-language"
     make_model(vocabulary=no_mask)

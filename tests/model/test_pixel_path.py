@@ -7,7 +7,7 @@ import torch
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEDecoder, ViTMAEEmbeddings
 
-from mug.model.mug import MUG
+from mug.model.objectives.mug import MUG
 from mug.model.positions import sincos_2d
 
 BLOCK = {
@@ -66,9 +66,10 @@ def oracle(base):
 def test_loss_and_predictions_equal_transformers(base, oracle, make_batch, normalized, monkeypatch, normalize_patches):
     batch = make_batch(base, [3, 5])
     batch["image"] = batch["image"] // 4 + (torch.arange(224) // 2).to(torch.uint8)  # patches differ in mean
-    monkeypatch.setattr(base, "config", dataclasses.replace(base.config, normalize_patches=normalize_patches))
+    config = dataclasses.replace(base.config, normalize_patches=normalize_patches)
+    monkeypatch.setattr(base.pixel_decoder, "config", config)
     monkeypatch.setattr(oracle.config, "norm_pix_loss", normalize_patches)
-    visible, masked = base.forward_mask(batch["position"])
+    visible, masked = base.mask(batch["position"])
     noise = torch.cat([visible, masked], dim=1).argsort(dim=1).float()
     expected = oracle(normalized(batch["image"]), noise=noise)
     assert torch.equal(expected.mask.gather(1, masked), torch.ones(2, 147))

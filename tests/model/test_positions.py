@@ -1,4 +1,4 @@
-"""Sine-cosine positions by formula, and stretched; that no checkpoint holds them."""
+"""Sine-cosine positions by formula, and interpolate_pos_embed; that no checkpoint holds them."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from timm.layers import resample_abs_pos_embed
 
-from mug.model.positions import sincos_2d, stretched
+from mug.model.positions import interpolate_pos_embed, sincos_2d
 
 
 @pytest.mark.parametrize("width, grid", [(8, 3), (12, 5)])
@@ -33,8 +33,8 @@ def test_tables_are_buffers_that_the_state_dict_leaves_out(make_model):
 
 def test_positions_are_stretched_as_timm_stretches_them():
     table = sincos_2d(16, 14)
-    ours = stretched(table, 32)
+    ours = interpolate_pos_embed(table, 32)
     theirs = resample_abs_pos_embed(table[None], [32, 32], [14, 14], num_prefix_tokens=0, antialias=False)[0]
     torch.testing.assert_close(ours, theirs)
-    assert torch.equal(stretched(table, 14), table)
+    assert torch.equal(interpolate_pos_embed(table, 14), table)
     assert not torch.allclose(ours, sincos_2d(16, 32), atol=0.5)

@@ -5,7 +5,6 @@ import torch
 
 from mug.kernels.masked_patch_loss import gather_patches, normalize_channels, patch_statistics, patchify
 from mug.model.encoder import PIXEL_MEAN, PIXEL_STD
-from mug.model.generate import reconstruct
 
 POSITION = torch.tensor([4, 11, 90])
 
@@ -28,8 +27,8 @@ class Oracle(torch.nn.Module):
 
 def test_visible_patches_are_the_image_and_masked_ones_are_grey(make_model, image):
     model = make_model()
-    visible, masked = model.forward_mask(POSITION)
-    hidden, painted = reconstruct(model, image, POSITION)
+    visible, masked = model.mask(POSITION)
+    hidden, painted = model.reconstruct(image, POSITION)
     for picture in (hidden, painted):
         assert picture.dtype == torch.uint8 and picture.shape == image.shape
         assert torch.equal(gather_patches(picture, visible, 8), gather_patches(image, visible, 8))
@@ -49,15 +48,15 @@ def test_a_perfect_prediction_gives_the_image_back(make_model, image, normalize_
         return (pixels - mean) / std if normalize_patches else pixels
 
     model.pixel_decoder = Oracle(target)
-    _, painted = reconstruct(model, image, POSITION)
+    _, painted = model.reconstruct(image, POSITION)
     assert (painted.int() - image.int()).abs().max() <= 1
 
 
 def test_a_prediction_of_zero_paints_the_mean_pixel(make_model, image):
     model = make_model(normalize_patches=False)
     model.pixel_decoder = Oracle(lambda masked: torch.zeros(*masked.shape, 192))
-    masked = model.forward_mask(POSITION)[1]
-    _, painted = reconstruct(model, image, POSITION)
+    masked = model.mask(POSITION)[1]
+    _, painted = model.reconstruct(image, POSITION)
     pixels = gather_patches(painted, masked, 8).view(-1, 3)
     assert torch.equal(pixels, torch.tensor([[124, 116, 104]], dtype=torch.uint8).expand(len(pixels), -1))
 
@@ -66,15 +65,15 @@ def test_a_prediction_of_zero_paints_the_mean_pixel(make_model, image):
 def test_predictions_out_of_range_are_clamped(make_model, image, sign, value):
     model = make_model(normalize_patches=False)
     model.pixel_decoder = Oracle(lambda masked: torch.full((*masked.shape, 192), sign * 50.0))
-    masked = model.forward_mask(POSITION)[1]
-    assert (gather_patches(reconstruct(model, image, POSITION)[1], masked, 8) == value).all()
+    masked = model.mask(POSITION)[1]
+    assert (gather_patches(model.reconstruct(image, POSITION)[1], masked, 8) == value).all()
 
 
 def test_without_a_perfect_decoder_the_model_itself_is_asked(make_model, image):
     model = make_model(normalize_patches=False)
-    visible, masked = model.forward_mask(POSITION)
+    visible, masked = model.mask(POSITION)
     prediction = model.pixel_decoder(model.encoder(image, visible), visible, masked)
     scale, shift = torch.tensor(PIXEL_STD).repeat(64), torch.tensor(PIXEL_MEAN).repeat(64)
     expected = ((prediction * scale + shift) * 255).round().clamp(0, 255).to(torch.uint8)
-    _, painted = reconstruct(model, image, POSITION)
+    _, painted = model.reconstruct(image, POSITION)
     assert torch.equal(patchify(painted, 8).gather(1, masked[..., None].expand(-1, -1, 192)), expected)

@@ -7,22 +7,22 @@ import torch
 
 from mug.model import interchange
 from mug.model.encoder import Encoder
-from mug.model.presets import ModelConfig, ModelConfigError, resolve
-from mug.model.segmenter import FeaturePyramid, Segmenter
-from mug.model.vit import init_weights
-from mug.run.finetuning.groups import layer_decay_groups
+from mug.model.objectives.objective import Context
+from mug.model.objectives.segment import FeaturePyramid, Segment, SegmentConfig
+from mug.model.presets import ModelConfigError, resolve
+from mug.run.training.groups import parameter_groups
+from mug.run.training.recipe import TrainerConfig
 
 SIZES = {"preset": "tiny", "image_size": 32, "patch_size": 8, "width": 16, "heads": 2}
 
 
-def make(depth: int = 8, drop_path: float = 0.0, classes: int = 5) -> Segmenter:
-    config = resolve(ModelConfig(depth=depth, **SIZES))
+def make(depth: int = 8, drop_path: float = 0.0, classes: int = 5) -> Segment:
+    config = resolve(SegmentConfig(depth=depth, channels=8, drop_path=drop_path, **SIZES))
     torch.manual_seed(0)
-    encoder = Encoder(config).apply(init_weights)
-    return Segmenter(encoder, config, classes, channels=8, drop_path=drop_path, seed=3)
+    return Segment(config, Context(seed=3, class_names=tuple(map(str, range(classes)))))
 
 
-def batch_of(model: Segmenter, B: int = 2) -> dict[str, torch.Tensor]:
+def batch_of(model: Segment, B: int = 2) -> dict[str, torch.Tensor]:
     random, size = torch.Generator().manual_seed(1), model.config.image_size
     labels = torch.randint(0, model.classes, (B, size, size), generator=random)
     labels[:, :10] = 255
@@ -99,7 +99,7 @@ def test_what_is_left_out_is_fixed_by_seed_and_position():
 def test_layers_learn_at_the_rates_of_mmsegmentation():
     """Of 12 blocks and decay 0.65: 0.65^13 before the blocks, 0.65^12 to 0.65 in them, 1 after them."""
     model = make(depth=12)
-    groups = layer_decay_groups(model, weight_decay=0.05, layer_decay=0.65)
+    groups = parameter_groups(model, TrainerConfig(weight_decay=0.05, layer_decay=0.65))
     of = {id(p): group for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
@@ -113,5 +113,5 @@ def test_layers_learn_at_the_rates_of_mmsegmentation():
 
 
 def test_three_blocks_are_too_few():
-    with pytest.raises(ModelConfigError, match=r"model\.depth 3"):
+    with pytest.raises(ModelConfigError, match=r"model\.depth must be at least 4, not 3"):
         make(depth=3)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from mug.model.generate import beam_search, greedy
+from mug.model.generate import beam_search, greedy, word_attention
 from mug.model.presets import Vocabulary
 
 
@@ -44,7 +44,7 @@ def memory_of(model, B, seed=0):
 def test_greedy_takes_the_likeliest_token_at_every_step(sharp):
     model = sharp()
     memory = memory_of(model, 40)
-    tokens = greedy(model, memory)
+    tokens = greedy(model.text_decoder, model.vocabulary, memory)
     likeliest = step_log_p(model, tokens, memory).argmax(-1)
     ended = 0
     for row, best in zip(tokens.tolist(), likeliest.tolist(), strict=True):
@@ -60,7 +60,10 @@ def test_greedy_takes_the_likeliest_token_at_every_step(sharp):
 def test_one_beam_is_greedy(sharp):
     model = sharp()
     memory = memory_of(model, 40)
-    assert torch.equal(beam_search(model, memory, 1), greedy(model, memory))
+    assert torch.equal(
+        beam_search(model.text_decoder, model.vocabulary, memory, 1),
+        greedy(model.text_decoder, model.vocabulary, memory),
+    )
 
 
 @torch.inference_mode()
@@ -77,8 +80,8 @@ def test_as_many_beams_as_captions_find_the_best_of_all(sharp, seed):
     memory = memory_of(model, 16, seed)
     scores = torch.stack([mean_log_p(model, captions, m.expand(len(captions), -1, -1)) for m in memory])
     best = captions[scores.argmax(1)]
-    assert torch.equal(beam_search(model, memory, toy.size**3), best)
-    assert not torch.equal(greedy(model, memory), best)
+    assert torch.equal(beam_search(model.text_decoder, model.vocabulary, memory, toy.size**3), best)
+    assert not torch.equal(greedy(model.text_decoder, model.vocabulary, memory), best)
 
 
 def beams_by_hand(model, memory, beams: int) -> list[int]:
@@ -101,7 +104,10 @@ def beams_by_hand(model, memory, beams: int) -> list[int]:
 def test_beams_are_those_of_a_search_over_lists(sharp, beams):
     model = sharp()
     memory = memory_of(model, 12)
-    found = [[token for token in row if token] for row in beam_search(model, memory, beams).tolist()]
+    found = [
+        [token for token in row if token]
+        for row in beam_search(model.text_decoder, model.vocabulary, memory, beams).tolist()
+    ]
     assert found == [beams_by_hand(model, memory[b : b + 1], beams) for b in range(12)]
     assert len({len(caption) for caption in found}) > 1
 
@@ -111,8 +117,10 @@ def test_images_do_not_disturb_each_other(sharp):
     model = sharp()
     memory = memory_of(model, 8)
     for beams in (2, 4):
-        together = beam_search(model, memory, beams)
-        alone = torch.cat([beam_search(model, memory[b : b + 1], beams) for b in range(8)])
+        together = beam_search(model.text_decoder, model.vocabulary, memory, beams)
+        alone = torch.cat(
+            [beam_search(model.text_decoder, model.vocabulary, memory[b : b + 1], beams) for b in range(8)]
+        )
         assert torch.equal(together, alone)
     assert len(together.unique(dim=0)) > 1
 
@@ -121,7 +129,10 @@ def test_images_do_not_disturb_each_other(sharp):
 def test_more_beams_find_better_captions_on_average(sharp):
     model = sharp()
     memory = memory_of(model, 40)
-    scores = [mean_log_p(model, beam_search(model, memory, beams), memory).mean() for beams in (1, 4, 16)]
+    scores = [
+        mean_log_p(model, beam_search(model.text_decoder, model.vocabulary, memory, beams), memory).mean()
+        for beams in (1, 4, 16)
+    ]
     assert scores[0] < scores[1] < scores[2]
 
 
@@ -134,7 +145,31 @@ def test_neither_pad_nor_bos_is_ever_written(sharp):
     memory = memory_of(model, 3)
     raw = model.text_decoder.head(model.text_decoder(torch.tensor([[1]]).expand(3, -1), memory))
     assert set(raw.topk(2).indices.flatten().tolist()) == {0, 1}  # the model itself wants nothing else
-    for tokens in (greedy(model, memory), beam_search(model, memory, 3)):
+    for tokens in (
+        greedy(model.text_decoder, model.vocabulary, memory),
+        beam_search(model.text_decoder, model.vocabulary, memory, 3),
+    ):
         for row in tokens.tolist():
             end = row.index(2) if 2 in row else len(row) - 1
             assert not {0, 1} & set(row[1 : end + 1])
+
+
+@torch.inference_mode()
+def test_word_attention_is_that_of_the_last_layer(sharp):
+    """Against PyTorch's own attention, whose values are the unit vectors: its output is then its weights."""
+    model = sharp(text_cross_layers=2)
+    memory, tokens = memory_of(model, 3), torch.tensor([[1, 5, 6, 2]] * 3)
+    ours = word_attention(model.text_decoder, tokens, memory)
+    x = model.text_decoder.embed(tokens) + model.text_decoder.position_embed[:4]
+    for block in model.text_decoder.blocks[:-1]:
+        x = block(x, memory, causal=True)
+    last = model.text_decoder.blocks[-1]
+    x = x + last.attn(x, last.norm1, True, None, None)
+    heads = last.cross_attn.heads
+    q = last.cross_attn.q(last.norm_cross(x)).unflatten(-1, (heads, -1)).transpose(1, 2)
+    k = last.cross_attn.kv(memory).unflatten(-1, (2, heads, -1))[:, :, 0].transpose(1, 2)
+    units = torch.eye(5).expand(3, heads, 5, 5)
+    weights = torch.nn.functional.scaled_dot_product_attention(q, k, units).mean(1)  # [B, T, L]
+    assert (ours[:, 0] == 0).all()
+    torch.testing.assert_close(ours[:, 1:], weights[:, :-1])
+    assert weights.std() > 0.01, "not uniform"

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mug.model.random_choices import MASK, WORD_KIND, WORDS, random_bits, random_masking
+from mug.model.keyed_random import MASK, WORD_KIND, WORDS, random_bits, random_masking
 
 GAMMA = 0x9E3779B97F4A7C15
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mug.model.recompute import POLICIES, recompute
+from mug.model.activation_checkpointing import POLICIES, activation_checkpointing
 
 
 def kept_bytes(model, batch) -> tuple[int, torch.Tensor]:
@@ -26,8 +26,8 @@ def test_losses_and_gradients_are_the_same_to_the_bit(make_model, make_batch, po
     model = make_model(captioning=captioning)
     batch = make_batch(model, [3, 5, None])
     results = []
-    for chosen in ("nothing", policy):
-        recompute(model, chosen)
+    for chosen in ("none", policy):
+        activation_checkpointing(model, chosen)
         losses, report = model(batch)
         results.append((losses, report, torch.autograd.grad(sum(losses.values()), list(model.parameters()))))
     torch.testing.assert_close(results[0], results[1], atol=0, rtol=0)
@@ -40,7 +40,7 @@ def test_norms_and_activations_are_not_kept(make_model, make_batch, module):
     model = make_model()
     batch = make_batch(model, [3, 5, None])
     before, _ = kept_bytes(model, batch)
-    recompute(getattr(model, module), "elementwise")
+    activation_checkpointing(getattr(model, module), "elementwise")
     after, loss = kept_bytes(model, batch)
     B, config = 3, model.config
     values = {
