@@ -1,4 +1,4 @@
-"""Saving while training: when a checkpoint is due, who writes it, and what the training waits for."""
+"""Saves while training: when a checkpoint is due, which rank writes what, and what training waits for."""
 
 import time
 from collections.abc import Callable
@@ -11,25 +11,35 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mug.run.training import checkpoint, hardware
-from mug.run.training.errors import RunError, SaidByRankZero
-from mug.run.training.recipe import CheckpointConfig
-from mug.run.training.sharded_state import KINDS, State, adam_steps, hexadecimal, owned, state_of, write_pieces
+from mug.run.cluster import hardware
+from mug.run.common.errors import ReportedByRankZero, RunError
+from mug.run.state import checkpoint
+from mug.run.state.config import CheckpointConfig
+from mug.run.state.extra_state import EXTRA, copy_extra_state, write_extra_state
+from mug.run.state.sharded_state import (
+    KINDS,
+    State,
+    adam_steps,
+    hexadecimal,
+    owned_slices,
+    slices_by_kind,
+    write_pieces,
+)
 
 
 @dataclass
-class Save:
-    """A checkpoint between its first byte and its commit."""
+class PendingSave:
+    """A checkpoint being written: between its first byte and its commit."""
 
     step: int
     manifest: dict[str, Any]
-    attached: dict[str, str]
-    written: "Future[Written]"
+    text_files: dict[str, str]
+    written: "Future[ShardReport]"
     stall: float  # seconds that training has waited for it
 
 
-class Written(NamedTuple):
-    """What a rank has written: its files' seals by name, the digests of its pieces by kind, and how long it took."""
+class ShardReport(NamedTuple):
+    """A rank's part of a checkpoint: its files' checksums, its slices' digests by kind, and the seconds it took."""
 
     files: dict[str, dict[str, Any]]
     digests: dict[str, int]
@@ -47,13 +57,13 @@ class Saver:
         self, engine: Any, output: Path, config: CheckpointConfig, committed: Callable[[int, dict[str, float]], None]
     ):
         self.engine, self.output, self.config, self.committed = engine, output, config, committed
-        self.pending: Save | None = None
+        self.pending: PendingSave | None = None
         self.last = time.monotonic()
         self.thread = ThreadPoolExecutor(1, initializer=hardware.use_device)
         # Now, because memory that was never touched takes longer to fill than to write to a disk.
         self.host: Future | None = self.thread.submit(_host_buffer, engine) if config.asynchronous else None
 
-    def time_is_up(self) -> bool:
+    def interval_elapsed(self) -> bool:
         """Whether `every_minutes` have passed since the last save, by rank 0's clock: a collective call."""
         if not self.config.every_minutes:
             return False
@@ -61,22 +71,23 @@ class Saver:
         dist.broadcast(passed, src=0)
         return passed.item() >= 60 * self.config.every_minutes
 
-    def save(self, step: int, manifest: dict[str, Any], attached: dict[str, str]) -> None:
+    def save(self, step: int, manifest: dict[str, Any], text_files: dict[str, str]) -> None:
         """Begin a checkpoint of the engine as it is now; if not asynchronous, also end it.
 
         Raises:
-            RunError: a file cannot be written; also of the checkpoint before, if that was still being written.
+            RunError: a file cannot be written; also of the previous checkpoint, if that was still being written.
         """
         self.finish()
         begin = self.last = time.monotonic()
         partial = self._on_rank_zero(step, lambda: checkpoint.open_partial(self.output, step))
-        state = state_of(self.engine, owned(self.engine))
+        state = slices_by_kind(self.engine, owned_slices(self.engine))
         if self.host is not None:
             state = _copy(state, self.host.result())
+        extra = copy_extra_state(self.engine.module) if dist.get_rank() == 0 else {}
         hardware.wait_for_device()  # the copies; or the step, whose results the thread is about to read
-        written = self.thread.submit(_write, partial, dist.get_rank(), dist.get_world_size(), state)
+        written = self.thread.submit(_write, partial, dist.get_rank(), dist.get_world_size(), state, extra)
         manifest = {**manifest, "adam_steps": adam_steps(self.engine)}
-        self.pending = Save(step, manifest, attached, written, time.monotonic() - begin)
+        self.pending = PendingSave(step, manifest, text_files, written, time.monotonic() - begin)
         if self.host is None:
             self.finish()
 
@@ -98,24 +109,24 @@ class Saver:
             return
         begin, save, self.pending = time.monotonic(), self.pending, None
         ranks = self._gather(save)
-        files = {name: seal for rank in ranks for name, seal in rank.files.items()}
+        files = {name: checksum for rank in ranks for name, checksum in rank.files.items()}
         digests = {kind: hexadecimal(sum(rank.digests[kind] for rank in ranks)) for kind in KINDS}
         state = {**save.manifest, "digests": digests}
         keep = self.config.keep
         self._on_rank_zero(
-            save.step, lambda: checkpoint.commit(self.output, save.step, files, state, save.attached, keep)
+            save.step, lambda: checkpoint.commit(self.output, save.step, files, state, save.text_files, keep)
         )
         stall = save.stall + time.monotonic() - begin
         self.committed(save.step, {"seconds": stall, "write_seconds": max(rank.seconds for rank in ranks)})
 
-    def _gather(self, save: Save) -> list[Written]:
-        """What every rank has written."""
+    def _gather(self, save: PendingSave) -> list[ShardReport]:
+        """Returns what every rank has written."""
         error = save.written.exception()
         outcomes: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(outcomes, save.written.result() if error is None else str(error) or repr(error))
         errors = [f"rank {rank}: {outcome}" for rank, outcome in enumerate(outcomes) if isinstance(outcome, str)]
         if errors:
-            raise (SaidByRankZero if dist.get_rank() else RunError)(self._cannot_be_written(save.step, errors[0]))
+            raise (ReportedByRankZero if dist.get_rank() else RunError)(self._cannot_be_written(save.step, errors[0]))
         return outcomes
 
     def _on_rank_zero(self, step: int, act: Callable[[], Any]) -> Any:
@@ -129,19 +140,19 @@ class Saver:
 
     def _cannot_be_written(self, step: int, error: object) -> str:
         return (
-            f"{self.output}/checkpoint-{step} cannot be written ({error}); make room, or name another --output;"
-            " the checkpoint before it is whole"
+            f"{self.output}/checkpoint-{step} cannot be written ({error}); free disk space, or choose another --output;"
+            " the checkpoint before it is intact"
         )
 
 
 def _host_buffer(engine: Any) -> Tensor:
-    """fp32, room for all that this rank owns; pinned where there is a GPU to copy from."""
-    numel = len(KINDS) * sum(one.numel for one in owned(engine))
+    """Returns fp32 buffers for all that this rank owns; pinned where there is a GPU to copy from."""
+    numel = sum(len(one.kinds) * one.numel for one in owned_slices(engine))
     return torch.empty(numel, pin_memory=torch.cuda.is_available()).fill_(0)
 
 
 def _copy(state: State, host: Tensor) -> State:
-    """The state as it is now, in host memory once the device is done."""
+    """Returns the current state, in host memory once the device is done."""
     copied, used = {}, 0
     for kind, pieces in state.items():
         copied[kind] = {}
@@ -151,11 +162,14 @@ def _copy(state: State, host: Tensor) -> State:
     return copied
 
 
-def _write(partial: Path, rank: int, world: int, state: State) -> Written:
-    """Write this rank's files, one of each kind."""
+def _write(partial: Path, rank: int, world: int, state: State, extra: dict[str, Tensor]) -> ShardReport:
+    """Write this rank's files, one of each kind, and the extra state, if it has any."""
     begin = time.monotonic()
     files, digests = {}, {}
     for kind, pieces in state.items():
         name = f"{kind}-{rank:05}-of-{world:05}.safetensors"
         files[name], digests[kind] = write_pieces(partial / name, pieces)
-    return Written(files, digests, time.monotonic() - begin)
+    if extra:
+        write_extra_state(partial, extra)
+        files[EXTRA] = checkpoint.checksum(partial / EXTRA)
+    return ShardReport(files, digests, time.monotonic() - begin)
