@@ -4,7 +4,7 @@
     python run/check_hosts.py hosts
 
 from the machine, the folder and the environment that the run will be started in. Status 0: ready; 1: a host cannot be
-used; 2: the file itself is wrong, or a program is missing here. What the hosts are good for, run/preflight.py tells.
+used; 2: the file itself is wrong, or a program is missing here. run/preflight.py then checks the hosts themselves.
 """
 
 import re
@@ -17,9 +17,9 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from mug.run.training.command_line import Parser
-from mug.run.training.console import Console, run_command
-from mug.run.training.errors import RunError
+from mug.run.common.command_line import Parser
+from mug.run.common.console import Console, run_command
+from mug.run.common.errors import RunError
 
 CONNECT_SECONDS = 10
 AT_ONCE = 32
@@ -37,11 +37,11 @@ def main(console: Console) -> None:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         answers = dict(zip(hosts, pool.map(ask, hosts), strict=True))
     for host, (problem, addresses) in answers.items():
-        console.say(f"{host}: {problem or f'ok, at {addresses}'}")
+        console.info(f"{host}: {problem or f'ok, at {addresses}'}")
     if failed := [host for host, (problem, _) in answers.items() if problem]:
-        console.say(f"NOT ready: {', '.join(failed)}")
+        console.info(f"NOT ready: {', '.join(failed)}")
         raise SystemExit(1)
-    console.say(f"ready: {len(hosts)} host(s)")
+    console.info(f"ready: {len(hosts)} host(s)")
 
 
 def parse() -> Namespace:
@@ -51,15 +51,15 @@ def parse() -> Namespace:
 
 
 def read_hostfile(path: Path) -> list[str]:
-    """The hosts' names, in order. DeepSpeed reads the file alike, but ends in a traceback.
+    """Returns the hosts' names, in order. DeepSpeed reads the file alike, but ends in a traceback.
 
     Raises:
-        RunError: it cannot be read, names no host, or one twice; or a line is wrong.
+        RunError: it cannot be read, names no host, or one twice; or a line is malformed.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} cannot be read ({error}); name a file with a line a host: NAME slots=RANKS") from None
+        raise RunError(f"{path} cannot be read ({error}); give a file with a line per host: NAME slots=RANKS") from None
     hosts: list[str] = []
     for number, line in enumerate(map(str.strip, lines), 1):
         if not line or line.startswith("#"):
@@ -70,28 +70,33 @@ def read_hostfile(path: Path) -> list[str]:
             raise RunError(f"{path}, line {number}: {match[1]} is named twice; give it one line with all its slots")
         hosts.append(match[1])
     if not hosts:
-        raise RunError(f"{path} names no host; give it a line a host: NAME slots=RANKS")
+        raise RunError(f"{path} does not name a host; give it a line per host: NAME slots=RANKS")
     return hosts
 
 
 def ask(host: str) -> tuple[str | None, str]:
-    """What is wrong with a host, if something is; and its addresses.
+    """Returns what is wrong with a host, if something is; and its addresses.
 
-    There must be this folder and this Python, and the addresses, of which DeepSpeed gives the first host's first one
-    to all ranks to meet at.
+    This folder and this Python must exist there, and addresses: DeepSpeed gives the first host's first one to all ranks
+    as the rendezvous.
     """
     there = f"cd {shlex.quote(str(Path.cwd()))} && {shlex.quote(sys.executable)} -c '' && hostname -I"
     command = [*SSH, "--", host, there]
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=3 * CONNECT_SECONDS
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=3 * CONNECT_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        return f"ssh gives no answer within {3 * CONNECT_SECONDS} s", ""
+        return f"ssh does not answer within {3 * CONNECT_SECONDS} s", ""
     if done.returncode:
-        said = done.stderr.strip().splitlines()
-        return said[-1] if said else f"ssh ended with status {done.returncode}", ""
-    return None if done.stdout.strip() else "hostname -I names no address", done.stdout.strip()
+        errors = done.stderr.strip().splitlines()
+        return errors[-1] if errors else f"ssh ended with status {done.returncode}", ""
+    return None if done.stdout.strip() else "hostname -I does not print an address", done.stdout.strip()
 
 
 if __name__ == "__main__":

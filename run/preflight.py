@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Check, on every rank, what a pre-training run will stand on: one table, one verdict.
+"""Check, on every rank, what a pre-training run will need: one table, one verdict.
 
-    deepspeed --hostfile hosts run/preflight.py --deepspeed ds_configs/zero3.json --config run/recipes/cc3m_base.yaml
+    deepspeed --hostfile hosts run/preflight.py --deepspeed ds_configs/zero3.json \\
+        --config run/recipes/mug/cc3m_base.yaml
 
 takes the launcher and the options of the run itself: put `preflight` for `pretrain` in its command. Nothing is
 trained, and nothing stays on the disk. Status 0: ready; 1: a check failed; 2: the command itself is wrong.
@@ -18,21 +19,21 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rich.console import Console as RichConsole
 from rich.table import Table
 from rich.text import Text
 from torch.distributed import DistError, Store
 
-from mug.run.training import hardware
-from mug.run.training.console import Console, run_command
+from mug.run.cluster import hardware
+from mug.run.cluster.rendezvous import rendezvous, rendezvous_timeout
+from mug.run.common.console import Console, run_command
+from mug.run.common.errors import RunError
+from mug.run.pretrain import DEFAULT_RECIPE
 from mug.run.training.deepspeed_config import check_batch, load_deepspeed_config
 from mug.run.training.engine import recipe_values
-from mug.run.training.errors import RunError
+from mug.run.training.node_checks import CheckResult, existing_folder, survey
 from mug.run.training.recipe import parse_command
-from mug.run.training.rendezvous import meet, patience
-from mug.run.training.survey import Finding, existing_folder, survey
 
-# What all ranks must find alike.
+# Checks whose values must agree on all ranks.
 SAME = ("versions", "code", "recipe", "index")
 CLOCK_LIMIT = 1.0  # seconds; NTP keeps hosts within milliseconds
 COLLECTIVE_PATIENCE = timedelta(minutes=2)
@@ -40,19 +41,19 @@ COLLECTIVE_PATIENCE = timedelta(minutes=2)
 
 def main(console: Console) -> None:
     # --- The command, as pretrain.py reads it ---
-    command = parse_command()
+    command = parse_command("preflight.py", __doc__.splitlines()[0], DEFAULT_RECIPE)
     trainer = command.recipe.trainer
     rank, world = hardware.rank_and_world()
-    hardware.use_cores()
+    hardware.limit_threads()
     steps = check_batch(trainer.global_batch, trainer.micro_batch, world)
     ds_config = load_deepspeed_config(command.deepspeed, recipe_values(trainer, command.recipe.model.width, world))
 
     # --- Each rank alone: the store needs no more of the network than the way to rank 0 ---
-    store = meet(rank, world)
+    store = rendezvous(rank, world)
     hardware.use_device()
     reports = exchange(store, rank, world, survey(command, ds_config, rank, world))
     batch = f"{trainer.global_batch} = {trainer.micro_batch} x {steps} accumulation x {world} rank(s)"
-    findings = [Finding("batch", batch), *merge(reports)]
+    findings = [CheckResult("batch", batch), *merge(reports)]
 
     # --- Ranks together: only over a network that every one of them can use ---
     if not any(finding.problem for finding in findings if finding.check == "network"):
@@ -63,10 +64,9 @@ def main(console: Console) -> None:
 
     # --- One table, one verdict ---
     failed = [finding.check for finding in findings if finding.problem]
-    if rank == 0:
-        show(findings, console)
+    show(findings, console)
     hosts = len({report.host for report in reports})
-    console.say(f"NOT ready: {', '.join(failed)}" if failed else f"ready: {world} rank(s) on {hosts} host(s)")
+    console.info(f"NOT ready: {', '.join(failed)}" if failed else f"ready: {world} rank(s) on {hosts} host(s)")
     if failed:
         raise SystemExit(1)
 
@@ -76,41 +76,41 @@ def main(console: Console) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What one rank has found."""
+    """The results of one rank."""
 
-    name: str  # for people: its number and host
+    name: str  # its number and host, for messages
     host: str
-    findings: dict[str, Finding]
+    findings: dict[str, CheckResult]
 
 
-def exchange(store: Store, rank: int, world: int, mine: list[Finding]) -> list[Report]:
-    """The reports of all ranks, on all ranks.
+def exchange(store: Store, rank: int, world: int, mine: list[CheckResult]) -> list[Report]:
+    """Returns the reports of all ranks, on all ranks.
 
     Raises:
-        RunError: a rank has reported nothing.
+        RunError: a rank did not report in time.
     """
     host = socket.gethostname()
     store.set(f"report {rank}", json.dumps([host, [dataclasses.astuple(finding) for finding in mine]]))
     try:
-        store.wait([f"report {other}" for other in range(world)], patience())
+        store.wait([f"report {other}" for other in range(world)], rendezvous_timeout())
     except DistError:
         silent = [str(other) for other in range(world) if not store.check([f"report {other}"])]
-        raise RunError(f"rank(s) {', '.join(silent)} started, but did not finish looking around") from None
+        raise RunError(f"rank(s) {', '.join(silent)} started but did not report in time") from None
     reports = []
     for other in range(world):
         host, findings = json.loads(store.get(f"report {other}"))
-        by_check = {check: Finding(check, value, problem) for check, value, problem in findings}
+        by_check = {check: CheckResult(check, value, problem) for check, value, problem in findings}
         reports.append(Report(f"rank {other} on {host}", host, by_check))
     return reports
 
 
-def merge(reports: list[Report]) -> list[Finding]:
-    """One finding a check: rank 0's value, or each one where they differ; and whose is wrong."""
+def merge(reports: list[Report]) -> list[CheckResult]:
+    """Returns one result per check: rank 0's value, or each one where they differ; and whose is wrong."""
     checks = dict.fromkeys(check for report in reports for check in report.findings)
     return [_merged(check, {r.name: r.findings[check] for r in reports if check in r.findings}) for check in checks]
 
 
-def _merged(check: str, findings: dict[str, Finding]) -> Finding:
+def _merged(check: str, findings: dict[str, CheckResult]) -> CheckResult:
     (first, reference), *others = ((name, finding.value) for name, finding in findings.items())
     problems = [f"{name}: {finding.problem}" for name, finding in findings.items() if finding.problem]
     if check in SAME:
@@ -119,7 +119,7 @@ def _merged(check: str, findings: dict[str, Finding]) -> Finding:
     for name, finding in findings.items():
         by_value.setdefault(finding.value, []).append(name)
     values = [f"{_names(names)}: {value}" for value, names in by_value.items()] if len(by_value) > 1 else [reference]
-    return Finding(check, "\n".join(values), "\n".join(problems) or None)
+    return CheckResult(check, "\n".join(values), "\n".join(problems) or None)
 
 
 def _names(names: list[str]) -> str:
@@ -129,8 +129,8 @@ def _names(names: list[str]) -> str:
 # --- Ranks together ---------------------------------------------------------------------------------------
 
 
-def clock(reports: list[Report]) -> Finding:
-    """How far each rank's clock is from rank 0's: half-way between sending and receiving, as NTP has it."""
+def clock(reports: list[Report]) -> CheckResult:
+    """Measure each rank's clock offset from rank 0's: at half the round trip, as NTP does."""
     offsets = [clock_offset(other) for other in range(1, dist.get_world_size())]
     worst = max(map(abs, offsets), default=0.0)
     off = [
@@ -138,11 +138,11 @@ def clock(reports: list[Report]) -> Finding:
         for report, offset in zip(reports[1:], offsets, strict=True)
         if abs(offset) > CLOCK_LIMIT
     ]
-    return Finding("clock", f"within {worst * 1000:.0f} ms of rank 0's", "\n".join(off) or None)
+    return CheckResult("clock", f"within {worst * 1000:.0f} ms of rank 0's", "\n".join(off) or None)
 
 
 def clock_offset(other: int) -> float:
-    """Seconds that the clock of rank `other` is ahead of rank 0's; all ranks call it, and all get the answer."""
+    """Returns the seconds that rank `other`'s clock is ahead of rank 0's, on all ranks: a collective call."""
     answer = torch.zeros(1, dtype=torch.float64, device=hardware.device())
     tries = []
     for _ in range(6):  # the first one connects the two; the fastest is the most exact
@@ -161,8 +161,8 @@ def clock_offset(other: int) -> float:
     return answer.item()
 
 
-def shared_folder(output: Path, reports: list[Report]) -> Finding:
-    """Whether all ranks see what rank 0 writes where the run's folder will be: checkpoints count on it."""
+def shared_folder(output: Path, reports: list[Report]) -> CheckResult:
+    """Check that all ranks see what rank 0 writes where the run's folder will be: checkpoints rely on it."""
     folder = existing_folder(output)
     probe = [str(folder / f".preflight-{socket.gethostname()}-{os.getpid()}")]
     dist.broadcast_object_list(probe, src=0)
@@ -176,8 +176,8 @@ def shared_folder(output: Path, reports: list[Report]) -> Finding:
         if dist.get_rank() == 0:
             path.unlink(missing_ok=True)
     blind = [report.name for report, sees in zip(reports, seen, strict=True) if not sees]
-    mend = f"{', '.join(blind)}: what rank 0 writes into {path.parent} is not there; name an --output that all share"
-    return Finding("shared folder", str(path.parent), mend if blind else None)
+    problem = f"{', '.join(blind)}: cannot see rank 0's files in {path.parent}; choose an --output that all share"
+    return CheckResult("shared folder", str(path.parent), problem if blind else None)
 
 
 def _appears(path: Path) -> bool:
@@ -188,19 +188,19 @@ def _appears(path: Path) -> bool:
     return path.exists()
 
 
-def bandwidth() -> Finding:
-    """All-reduce of a large and of a tiny tensor; per-link bandwidth as NCCL's tests count it ("busbw")."""
+def bandwidth() -> CheckResult:
+    """Measure an all-reduce of a large and of a tiny tensor; per-link bandwidth as in NCCL's tests ("busbw")."""
     world = dist.get_world_size()
     if world == 1:
-        return Finding("bandwidth", "one rank")
+        return CheckResult("bandwidth", "one rank")
     numel = 2**26 if torch.cuda.is_available() else 2**22
     seconds, latency = (_median_seconds(torch.ones(n, device=hardware.device())) for n in (numel, 1))
     rate = 4 * numel / seconds * 2 * (world - 1) / world
-    return Finding("bandwidth", f"all-reduce {rate / 1e9:.2f} GB/s a link, {latency * 1e6:.0f} µs at least")
+    return CheckResult("bandwidth", f"all-reduce {rate / 1e9:.2f} GB/s a link, {latency * 1e6:.0f} µs min")
 
 
 def _median_seconds(tensor: torch.Tensor) -> float:
-    """Of an all-reduce."""
+    """Returns the median seconds of an all-reduce."""
     taken = []
     for _ in range(6):
         dist.barrier()
@@ -215,14 +215,13 @@ def _median_seconds(tensor: torch.Tensor) -> float:
 # --- Table ------------------------------------------------------------------------------------------------
 
 
-def show(findings: list[Finding], console: Console) -> None:
-    """Print the table, on the terminal's width or on 120 columns elsewhere."""
+def show(findings: list[CheckResult], console: Console) -> None:
+    """Print the table."""
     table = Table("check", "found", "verdict")
     for finding in findings:
         verdict = Text(finding.problem, style="red") if finding.problem else Text("ok", style="green")
         table.add_row(finding.check, Text(finding.value), verdict)
-    width = None if console.terminal.isatty() else 120
-    RichConsole(file=console.terminal, width=width).print(table)
+    console.show(table, columns=120)
 
 
 if __name__ == "__main__":
