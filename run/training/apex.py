@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mug.run.training.errors import RunError
+from mug.run.common.errors import RunError
 from mug.run.training.recipe import TrainerConfig
 
 
@@ -18,14 +18,14 @@ def check_apex(trainer: TrainerConfig, ds_config: dict[str, Any]) -> None:
     """Refuse a recipe that asks for what this machine, or this DeepSpeed JSON, does not allow.
 
     Raises:
-        RunError: apex is not there, or the optimizer's state lies in host memory.
+        RunError: apex is not installed, or the optimizer's state is in host memory.
     """
     if trainer.apex_layer_norm:
         _module("apex.normalization", "FusedLayerNorm", "trainer.apex_layer_norm")
     if trainer.apex_adam:
         _module("apex.optimizers", "FusedAdam", "trainer.apex_adam")
         if ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
-            raise RunError("trainer.apex_adam: it works on GPUs; leave offload_optimizer out of the DeepSpeed JSON")
+            raise RunError("trainer.apex_adam works only on GPUs; remove offload_optimizer from the DeepSpeed JSON")
 
 
 def _module(name: str, wanted: str, switch: str) -> ModuleType:
@@ -33,10 +33,10 @@ def _module(name: str, wanted: str, switch: str) -> ModuleType:
         module = importlib.import_module(name)
     except ImportError as error:
         raise RunError(
-            f"{switch}: {name} cannot be imported ({error}); docs/kernels.md says how to build it"
+            f"{switch}: {name} cannot be imported ({error}); docs/kernels.md explains how to build it"
         ) from error
     if not hasattr(module, wanted):
-        raise RunError(f"{switch}: {name} has no {wanted}; docs/kernels.md says how to build NVIDIA's apex")
+        raise RunError(f"{switch}: {name} has no {wanted}; docs/kernels.md explains how to build NVIDIA's apex")
     return module
 
 

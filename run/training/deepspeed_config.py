@@ -1,17 +1,14 @@
 """Read a DeepSpeed JSON strictly, and fill its `"auto"` values from the recipe.
 
-DeepSpeed ignores keys that it does not know at the top level and in several sections, and quietly falls
-back to a default where an `"auto"` was never filled: a typing error costs a training run. So every key is
-checked here, at every level, before DeepSpeed sees the file. The file itself is never written.
+DeepSpeed ignores keys that it does not know at the top level and in several sections, and quietly falls back to a
+default where an `"auto"` was never filled: a typing error costs a training run. So every key is checked here, at every
+level, before DeepSpeed sees the file. The file itself is never written.
 
-One pass, top to bottom: parse → refuse duplicates, unknown and unsupported keys → fill from the recipe →
-let DeepSpeed's own models check the values → check what only makes sense together.
+One pass, top to bottom: parse → refuse duplicate, unknown and unsupported keys → validate the values against
+`deepspeed_schema` → fill from the recipe → check what only makes sense together.
 """
 
-from __future__ import annotations
-
 import difflib
-import importlib
 import json
 import math
 from collections.abc import Iterator
@@ -19,13 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-Number = (int, float)
-# key → Schema of a section | type(s) | a set of words (any case) | object, where DeepSpeed's model checks it
-Schema = dict[str, Any]
+from pydantic import BaseModel, ValidationError
 
+from mug.run.common.errors import DeepSpeedConfigError
 
-class DeepSpeedConfigError(Exception):
-    """One line for the user: the file, the key as a dotted path, what is wrong and the mend."""
+SHIPPED = Path(__file__).parents[2] / "ds_configs"
+AUTO_IS_A_VALUE = {"data_types.keep_in_fp32_modules"}  # of DeepSpeed's own
+# optimizer.params that only one of the two AdamW implementations takes.
+TORCH_ADAM_ONLY = {"fused", "foreach"}
+DEEPSPEED_ADAM_ONLY = {"bias_correction", "fp32_optimizer_states"}
+# pydantic's kinds of error, in our words.
+WORDS = {
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be a string",
+    "list_type": "must be a list",
+    "finite_number": "must be a finite number",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,170 +52,6 @@ class RecipeValues:
     width: int | None = None  # the model's hidden width, for ZeRO-3 buckets left as "auto"
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What may stand in the file
-# ---------------------------------------------------------------------------------------------------------
-
-# Sections that DeepSpeed describes by a pydantic model: the keys are read from it, so they follow DeepSpeed.
-MODELS = {
-    "zero_optimization": "deepspeed.runtime.zero.config.DeepSpeedZeroConfig",
-    "bf16": "deepspeed.runtime.precision_config.DeepSpeedBF16Config",
-    "comms_logger": "deepspeed.comm.config.CommsLoggerConfig",
-    "tensorboard": "deepspeed.monitor.config.TensorBoardConfig",
-    "wandb": "deepspeed.monitor.config.WandbConfig",
-    "csv_monitor": "deepspeed.monitor.config.CSVConfig",
-    "comet": "deepspeed.monitor.config.CometConfig",
-    "timers.throughput": "deepspeed.utils.config.DeepSpeedThroughputTimerConfig",
-}
-
-# The rest has no model in DeepSpeed (it reads these keys one by one), so keys and types are listed.
-DTYPES = frozenset({"fp32", "bf16", "fp16"})
-TABLE: Schema = {
-    "train_batch_size": int,
-    "train_micro_batch_size_per_gpu": int,
-    "gradient_accumulation_steps": int,
-    "gradient_clipping": Number,
-    "gradient_predivide_factor": Number,
-    "prescale_gradients": bool,
-    "communication_data_type": DTYPES,
-    "steps_per_print": (int, type(None)),
-    "wall_clock_breakdown": bool,
-    "memory_breakdown": bool,
-    "dump_state": bool,
-    "disable_python_gc": bool,
-    "log_level": frozenset({"debug", "info", "warning", "error", "critical"}),
-    "zero_allow_untested_optimizer": bool,
-    "zero_force_ds_cpu_optimizer": bool,
-    "optimizer": {
-        "type": str,
-        "params": {
-            "lr": Number,
-            "betas": list,
-            "eps": Number,
-            "weight_decay": Number,
-            "torch_adam": bool,
-            "fused": bool,
-            "foreach": bool,
-            "bias_correction": bool,
-            "fp32_optimizer_states": bool,
-        },
-    },
-    "data_types": {"grad_accum_dtype": DTYPES, "keep_in_fp32_modules": (str, list)},
-    "checkpoint": {
-        "tag_validation": frozenset({"ignore", "warn", "fail"}),
-        "load_universal": bool,
-        "use_node_local_storage": bool,
-        "parallel_write": {"pipeline_stage": bool},
-        "checkpoint_serialization": bool,
-        "writer": {
-            "type": frozenset({"mock", "python", "fast"}),
-            "decoupled": bool,
-            "io_buffer_size": Number,
-            "io_buffer_double": bool,
-            "io_multiplier": int,
-            "show_statistics": bool,
-            "data_parallel": frozenset({"replica", "socket", "machine"}),
-        },
-    },
-    "flops_profiler": {
-        "enabled": bool,
-        "recompute_fwd_factor": Number,
-        "profile_step": int,
-        "module_depth": int,
-        "top_modules": int,
-        "detailed": bool,
-        "output_file": (str, type(None)),
-    },
-    "aio": {
-        "block_size": int,
-        "queue_depth": int,
-        "intra_op_parallelism": int,
-        "single_submit": bool,
-        "overlap_events": bool,
-        "use_gds": bool,
-    },
-    "timers": {},  # its one section comes from MODELS
-}
-
-_OWN_LOADER = "batches come from the project's own loader, which DeepSpeed does not drive"
-_DATA_PARALLEL = "the trainer is data-parallel (ZeRO) only"
-_SECOND = "checkpoints do not hold the state of a second optimizer"
-_PRECISION = "the trainer runs in bf16 on GPUs and in fp32 on CPUs"
-_REMOVED = "DeepSpeed has removed it"
-
-# Keys that DeepSpeed knows, or knew, and this trainer cannot honour.
-REFUSED = {
-    "scheduler": "the trainer sets the learning rate itself; use the recipe's schedule",
-    "fp16": _PRECISION,
-    "bfloat16": 'this is the old name; use "bf16"',
-    "amp": _REMOVED + '; use "bf16"',
-    "torch_autocast": _PRECISION,
-    "data_types.param_dtype": _PRECISION,
-    "data_types.buffer_dtype": _PRECISION,
-    "gradient_allreduce_op": "gradients are averaged over ranks; the recipe's learning rate counts on it",
-    "managed_gradient_accumulation": "accumulation is left to DeepSpeed's engine",
-    "activation_checkpointing": "only models that call deepspeed.checkpointing use it, and ours do not",
-    "checkpoint.load_universal": "the trainer resumes from its own checkpoints, which any number of ranks can read",
-    "checkpoint.use_node_local_storage": "a checkpoint is sealed in one folder that all ranks share",
-    "checkpoint.writer": "a checkpoint must be whole before it is sealed",
-    "bf16.check_grad_overflow": "a step whose gradient is not finite is never taken",
-    "zero_optimization.compute_grad_norm": "a gradient that is not finite shows in the norm",
-    "compile": "it needs engine.compile(), which the trainer does not call",
-    "disable_allgather": "DeepSpeed reads it and does nothing with it",
-    "vocabulary_size": "DeepSpeed only warns about alignment with it",
-    "dataloader_drop_last": _OWN_LOADER,
-    "data_efficiency": _OWN_LOADER,
-    "curriculum_learning": _OWN_LOADER,
-    "pipeline": _DATA_PARALLEL,
-    "tensor_parallel": _DATA_PARALLEL,
-    "expert_parallel": _DATA_PARALLEL,
-    "data_parallel_size": _DATA_PARALLEL,
-    "sequence_parallel_size": _DATA_PARALLEL,
-    "seq_parallel_communication_data_type": _DATA_PARALLEL,
-    "use_data_before_expert_parallelism": _DATA_PARALLEL,
-    "hybrid_engine": "it is for reinforcement learning with generation",
-    "weight_quantization": "it is for inference",
-    "autotuning": "the batch sizes belong to the recipe",
-    "datastates_ckpt": "checkpoints are committed by the trainer",
-    "comet.api_key": "a secret does not belong in a configuration; set COMET_API_KEY",
-    "optimizer.legacy_fusion": "it is for fp16, which the trainer does not run",
-    "optimizer.params.max_grad_norm": 'use "gradient_clipping" at the top level',
-    "optimizer.params.adam_w_mode": 'it does nothing for type "AdamW"',
-    "optimizer.params.amsgrad": "checkpoints hold AdamW's two moments, not a third",
-    "zero_optimization.offload_optimizer.ratio": _SECOND,
-    "zero_optimization.offload_optimizer.super_offload": _SECOND,
-    "zero_optimization.zenflow": "it needs its own optimizer schedule, which the trainer does not drive",
-    "zero_optimization.legacy_stage1": _REMOVED,
-    "zero_optimization.elastic_checkpoint": _REMOVED + "; convert to a universal checkpoint instead",
-    "zero_optimization.pipeline_loading_checkpoint": _DATA_PARALLEL,
-    "zero_optimization.save_muon_momentum_buffer_in_memory": 'the optimizer is "AdamW"',
-    "zero_optimization.mics_shard_size": _REMOVED + '; use "zero_hpz_partition_size"',
-    "zero_optimization.mics_hierarchical_params_gather": _REMOVED + '; use "zero_hpz_partition_size"',
-    "zero_optimization.zeropp_loco_param": _REMOVED,
-    "nebula": _REMOVED,
-    "compression_training": _REMOVED,
-    "quantize_training": _REMOVED,
-    "sparse_gradients": _REMOVED,
-    "sparse_attention": _REMOVED,
-    "eigenvalue": _REMOVED,
-    "elasticity": _REMOVED + "; set the batch sizes in the recipe",
-    "graph_harvesting": _REMOVED,
-    "progressive_layer_drop": _REMOVED,
-}
-
-# Here "auto" is a value of DeepSpeed's own.
-AUTO_IS_A_VALUE = {"data_types.keep_in_fp32_modules"}
-
-# optimizer.params that only one of the two AdamW implementations takes.
-TORCH_ADAM_ONLY = {"fused", "foreach"}
-DEEPSPEED_ADAM_ONLY = {"bias_correction", "fp32_optimizer_states"}
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Public functions
-# ---------------------------------------------------------------------------------------------------------
-
-
 def load_deepspeed_config(path: str | Path, values: RecipeValues) -> dict[str, Any]:
     """Return the checked and filled configuration, ready for `deepspeed.initialize(config=...)`.
 
@@ -215,16 +59,17 @@ def load_deepspeed_config(path: str | Path, values: RecipeValues) -> dict[str, A
     `"auto"` or nothing; a concrete value must agree with the recipe.
 
     Raises:
-        DeepSpeedConfigError: the file is missing or no JSON; a key stands twice, is unknown or unsupported;
+        DeepSpeedConfigError: the file is missing or not JSON; a key appears twice, is unknown or unsupported;
             a value has the wrong type, contradicts the recipe, or is an `"auto"` nobody can fill.
     """
-    path = Path(path)
+    from mug.run.training.deepspeed_schema import DeepSpeedJson
+
+    path = _find(Path(path))
     parsed = _read_json(path)
-    schema = _schema()
     try:
-        _check_keys(parsed, schema, schema, ())
+        _check_keys(parsed, DeepSpeedJson, DeepSpeedJson)
+        _validate(parsed, DeepSpeedJson)
         filled = _fill(_plain(parsed), _decided(values), values.width)
-        _check_values(filled)
         _check_together(filled, values.world_size)
     except DeepSpeedConfigError as error:
         raise DeepSpeedConfigError(f"{path}: {error}") from None
@@ -241,24 +86,22 @@ def check_batch(global_batch: int, micro_batch: int, world: int) -> int:
     for name, number in (("global batch", global_batch), ("micro batch", micro_batch), ("world size", world)):
         if number < 1:
             raise DeepSpeedConfigError(f"{name} is {number}; it must be at least 1")
-    at_once = micro_batch * world
-    steps, rest = divmod(global_batch, at_once)
+    per_step = micro_batch * world
+    steps, rest = divmod(global_batch, per_step)
     if rest == 0:
         return steps
-    fitting = [number * at_once for number in (steps, steps + 1) if number]
-    mends = [f"a global batch of {' or '.join(map(str, fitting))}"]
+    fitting = [number * per_step for number in (steps, steps + 1) if number]
+    fixes = [f"a global batch of {' or '.join(map(str, fitting))}"]
     if global_batch % world == 0:
         nearest = _nearest_divisors(global_batch // world, micro_batch)
-        mends.append(f"a micro batch of {' or '.join(map(str, nearest))}")
+        fixes.append(f"a micro batch of {' or '.join(map(str, nearest))}")
     raise DeepSpeedConfigError(
         f"global batch {global_batch} is not a multiple of micro batch {micro_batch} × {world} rank(s) = "
-        f"{at_once} ({global_batch} = {steps} × {at_once} + {rest}); use {', or '.join(mends)}"
+        f"{per_step} ({global_batch} = {steps} × {per_step} + {rest}); use {', or '.join(fixes)}"
     )
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Parse
-# ---------------------------------------------------------------------------------------------------------
+# --- Parse -------------------------------------------------------------------------------------------------
 
 
 class _Object(dict):
@@ -268,6 +111,12 @@ class _Object(dict):
         super().__init__(pairs)
         seen: set[str] = set()
         self.twice = [key for key, _ in pairs if key in seen or seen.add(key)]
+
+
+def _find(path: Path) -> Path:
+    """Return the file, or where it does not exist the shipped one that `ds_configs/NAME` names."""
+    shipped = SHIPPED / path.name
+    return shipped if not path.exists() and path.parent.parts == ("ds_configs",) and shipped.exists() else path
 
 
 def _read_json(path: Path) -> _Object:
@@ -301,114 +150,74 @@ def _plain(value: Any) -> Any:
     return value
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Keys
-# ---------------------------------------------------------------------------------------------------------
+# --- Keys --------------------------------------------------------------------------------------------------
 
 
-def _schema() -> Schema:
-    """The table with the sections that DeepSpeed's models describe put in their places."""
-    schema = {key: dict(entry) if isinstance(entry, dict) else entry for key, entry in TABLE.items()}
-    for dotted, target in MODELS.items():
-        *parents, name = dotted.split(".")
-        section = schema
-        for parent in parents:
-            section = section[parent]
-        section[name] = _model_schema(_import(target))
-    return schema
-
-
-def _import(target: str) -> type:
-    # Late, because importing DeepSpeed takes seconds, and `--help` or a bad recipe should not wait for it.
-    module, _, name = target.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
-def _model_schema(model: type) -> Schema:
-    schema: Schema = {}
+def fields_of(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
+    """Return the model's keys, each with the model of its section, None where it takes a value."""
+    fields: dict[str, type[BaseModel] | None] = {}
     for name, field in model.model_fields.items():
-        if (field.json_schema_extra or {}).get("deprecated"):
-            continue
-        nested = next((kind for kind in _kinds(field.annotation) if hasattr(kind, "model_fields")), None)
-        schema[name] = _model_schema(nested) if nested else object
-        if field.alias:
-            schema[field.alias] = schema[name]
-    return schema
+        if not (field.json_schema_extra or {}).get("deprecated"):
+            kinds = (field.annotation, *get_args(field.annotation))
+            section = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
+            fields |= {key: section for key in (name, field.alias) if key}
+    return fields
 
 
-def _kinds(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) or (annotation,)
+def _check_keys(section: _Object, model: type[BaseModel], root: type[BaseModel], path: str = "") -> None:
+    from mug.run.training.deepspeed_schema import MIN, REFUSED
 
-
-def _check_keys(section: _Object, schema: Schema, root: Schema, path: tuple[str, ...]) -> None:
     if section.twice:
-        raise DeepSpeedConfigError(f"{_dotted(path, section.twice[0])}: stands twice; keep one")
+        raise DeepSpeedConfigError(f"{path}{section.twice[0]}: appears twice; keep one")
+    fields = fields_of(model)
     for key, value in section.items():
-        dotted = _dotted(path, key)
+        dotted = path + key
         if dotted in REFUSED:
             raise DeepSpeedConfigError(f"{dotted}: not supported: {REFUSED[dotted]}; remove it")
-        if key not in schema:
-            raise DeepSpeedConfigError(f"{dotted}: unknown key; {_mend(key, schema, root, path)}")
-        expected = schema[key]
-        if isinstance(expected, dict):
-            if not isinstance(value, dict):
-                raise DeepSpeedConfigError(f"{dotted}: must be a section, {{ … }}, not {json.dumps(value)}")
-            _check_keys(value, expected, root, (*path, key))
-        elif value != "auto":
-            _check_type(dotted, value, expected)
+        if key not in fields:
+            raise DeepSpeedConfigError(f"{dotted}: unknown key; {_fix(key, path, fields, root)}")
+        if isinstance(value, dict) and fields[key]:
+            _check_keys(value, fields[key], root, f"{dotted}.")
+        elif fields[key]:
+            raise DeepSpeedConfigError(f"{dotted}: must be a section, {{ … }}, not {json.dumps(value)}")
+        elif isinstance(value, dict):
+            raise DeepSpeedConfigError(f"{dotted}: takes a value, not a section")
+        elif isinstance(value, float) and not math.isfinite(value):  # which Python's JSON takes
+            raise DeepSpeedConfigError(f"{dotted}: {WORDS['finite_number']}, not {json.dumps(value)}")
+        elif isinstance(value, int | float) and value < MIN.get(dotted, -math.inf):
+            raise DeepSpeedConfigError(f"{dotted}: must be at least {MIN[dotted]}, not {json.dumps(value)}")
 
 
-def _check_type(dotted: str, value: Any, expected: type | tuple[type, ...] | frozenset[str]) -> None:
-    if isinstance(value, dict):
-        raise DeepSpeedConfigError(f"{dotted}: takes a value, not a section")
-    if isinstance(expected, frozenset):
-        if str(value).lower() not in expected:
-            words = ", ".join(sorted(expected))
-            raise DeepSpeedConfigError(f"{dotted}: must be one of {words}, not {json.dumps(value)}")
-        return
-    kinds = expected if isinstance(expected, tuple) else (expected,)
-    if object in kinds:
-        return
-    # JSON's true is an int to Python, and 64.0 or 1e6 is a whole number to people.
-    is_bool = isinstance(value, bool)
-    whole = not is_bool and isinstance(value, float) and value.is_integer() and int in kinds
-    if (is_bool and bool not in kinds) or not (isinstance(value, kinds) or whole):
-        names = {
-            int: "a whole number",
-            float: "a number",
-            bool: "true or false",
-            str: "a string",
-            list: "a list",
-        }
-        wanted = " or ".join(names.get(kind, "null") for kind in kinds if not (kind is int and float in kinds))
-        raise DeepSpeedConfigError(f"{dotted}: must be {wanted}, not {json.dumps(value)}")
-
-
-def _mend(key: str, schema: Schema, root: Schema, path: tuple[str, ...]) -> str:
-    elsewhere = [where for where in _places(key, root) if where != _dotted(path, key)]
+def _fix(key: str, path: str, fields: dict[str, Any], root: type[BaseModel]) -> str:
+    elsewhere = next(_places(key, root), None)
     if elsewhere:
-        return f"it belongs at {elsewhere[0]}"
-    close = difflib.get_close_matches(key, schema, n=1, cutoff=0.5)
+        return f"it belongs at {elsewhere}"
+    close = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
     if close:
         return f'did you mean "{close[0]}"?'
-    return f"known here: {', '.join(sorted(schema))}" if len(schema) <= 12 else "remove it"
+    return f"known here: {', '.join(sorted(fields))}" if len(fields) <= 12 else "remove it"
 
 
-def _places(key: str, schema: Schema, path: tuple[str, ...] = ()) -> Iterator[str]:
-    for name, entry in schema.items():
+def _places(key: str, model: type[BaseModel], path: str = "") -> Iterator[str]:
+    for name, section in fields_of(model).items():
         if name == key:
-            yield _dotted(path, name)
-        if isinstance(entry, dict):
-            yield from _places(key, entry, (*path, name))
+            yield path + name
+        if section:
+            yield from _places(key, section, f"{path}{name}.")
 
 
-def _dotted(path: tuple[str, ...], key: str) -> str:
-    return ".".join((*path, key))
+# --- Values ------------------------------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Values
-# ---------------------------------------------------------------------------------------------------------
+def _validate(config: dict[str, Any], model: type[BaseModel]) -> None:
+    """Let pydantic validate the values, and report its first error in one line."""
+    try:
+        model(**config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(part for part in first["loc"] if part not in ("str", "list[any]"))  # a union's alternatives
+        wanted = WORDS.get(first["type"], first["msg"].replace("Input should be", "must be"))
+        raise DeepSpeedConfigError(f"{key}: {wanted}, not {json.dumps(first['input'])}") from None
 
 
 def _decided(values: RecipeValues) -> dict[str, tuple[str, Any]]:
@@ -420,7 +229,7 @@ def _decided(values: RecipeValues) -> dict[str, tuple[str, Any]]:
         "train_micro_batch_size_per_gpu": ("the recipe's micro_batch", values.micro_batch),
         "gradient_accumulation_steps": ("the recipe's global_batch / (micro_batch × ranks)", accumulation),
         "gradient_clipping": ("the recipe's gradient_clipping", values.gradient_clipping),
-        "bf16.enabled": ("bf16 on this device", values.bf16),
+        "bf16.enabled": ("the recipe's trainer.precision (bf16)", values.bf16),
         params + "lr": ("the recipe's learning_rate", values.learning_rate),
         params + "betas": ("the recipe's betas", list(values.betas)),
         params + "eps": ("the trainer's eps", values.eps),
@@ -442,7 +251,7 @@ def _fill(config: dict[str, Any], decided: dict[str, tuple[str, Any]], width: in
                 f'{dotted} is {json.dumps(given)}, but {name} is {json.dumps(value)}; write "auto" here'
             )
     _fill_buckets(config.get("zero_optimization", {}), width)
-    _refuse_auto(config, ())
+    _refuse_auto(config)
     return config
 
 
@@ -458,11 +267,11 @@ def _fill_buckets(zero: dict[str, Any], width: int | None) -> None:
     zero.update({key: size for key, size in sizes.items() if zero.get(key) == "auto"})
 
 
-def _refuse_auto(section: dict[str, Any], path: tuple[str, ...]) -> None:
+def _refuse_auto(section: dict[str, Any], path: str = "") -> None:
     for key, value in section.items():
-        dotted = _dotted(path, key)
+        dotted = path + key
         if isinstance(value, dict):
-            _refuse_auto(value, (*path, key))
+            _refuse_auto(value, f"{dotted}.")
         elif value == "auto" and dotted not in AUTO_IS_A_VALUE:
             raise DeepSpeedConfigError(f'{dotted}: nothing in the recipe fills this "auto"; write a value')
 
@@ -470,31 +279,16 @@ def _refuse_auto(section: dict[str, Any], path: tuple[str, ...]) -> None:
 def _same(given: Any, wanted: Any) -> bool:
     if isinstance(wanted, list):
         return len(given) == len(wanted) and all(map(_same, given, wanted))
-    if isinstance(wanted, bool) or not isinstance(given, Number):
+    if isinstance(wanted, bool) or not isinstance(given, int | float):
         return given is wanted
     return math.isclose(given, wanted, rel_tol=1e-9)
-
-
-def _check_values(config: dict[str, Any]) -> None:
-    """Let DeepSpeed's models judge the values of their sections, and say it in one line."""
-    from pydantic import ValidationError
-
-    for dotted, target in MODELS.items():
-        section: Any = config
-        for name in dotted.split("."):
-            section = section.get(name, {})
-        try:
-            _import(target)(**section)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join((dotted, *map(str, first["loc"])))
-            raise DeepSpeedConfigError(f"{key}: {first['msg']}, not {json.dumps(first['input'])}") from None
 
 
 def _check_together(config: dict[str, Any], world_size: int) -> None:
     zero = config.get("zero_optimization", {})
     stage = int(zero.get("stage", 0))  # its model also takes "3"
     _check_optimizer(config.get("optimizer", {}))
+    _check_accumulation(config, stage)
     if _offloads(zero, "offload_param") and stage < 3:
         raise DeepSpeedConfigError(f"zero_optimization.offload_param: needs stage 3, and the stage is {stage}")
     for section in ("offload_param", "offload_optimizer"):
@@ -508,11 +302,32 @@ def _check_together(config: dict[str, Any], world_size: int) -> None:
                 "optimizer.params.torch_adam: with offload_optimizer, DeepSpeed wants its own AdamW; "
                 'write false, or set "zero_force_ds_cpu_optimizer": false at the top level'
             )
+    if stage in (1, 2) and zero.get("allgather_bucket_size", 0) % 2:
+        raise DeepSpeedConfigError(
+            f"zero_optimization.allgather_bucket_size: stage {stage} wants an even number,"
+            f" not {zero['allgather_bucket_size']}"
+        )
+    scaled = config.get("prescale_gradients", False) or config.get("gradient_predivide_factor", 1) != 1
+    if stage >= 2 and scaled and zero.get("reduce_scatter", True):
+        raise DeepSpeedConfigError(
+            f"gradient_predivide_factor and prescale_gradients: stage {stage} takes neither; remove them, or set"
+            ' "reduce_scatter": false in zero_optimization'
+        )
     group = min(int(zero.get("zero_hpz_partition_size", 1)) or 1, world_size)
     if world_size % group:
         raise DeepSpeedConfigError(
             f"zero_optimization.zero_hpz_partition_size: {world_size} ranks do not divide into "
             f"groups of {group}; write the number of accelerators in one node"
+        )
+
+
+def _check_accumulation(config: dict[str, Any], stage: int) -> None:
+    precision = "bf16" if config["bf16"]["enabled"] else "fp32"
+    accumulated = config.get("data_types", {}).get("grad_accum_dtype", precision)
+    if stage == 0 and accumulated.lower() != precision:
+        raise DeepSpeedConfigError(
+            f"data_types.grad_accum_dtype: stage 0 accumulates gradients in the model's precision, {precision}, not"
+            f' {accumulated}; remove the key, or write "stage": 1'
         )
 
 

@@ -1,22 +1,33 @@
-"""The recipe: what a pre-training run is made of, from YAML and the command line. No torch in here."""
+"""The recipe of a run, from YAML and the command line: one shape for every objective, kind of batch and evaluation."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
+import math
 import operator
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import SUPPRESS, Namespace
+import yaml
+from jsonargparse import SUPPRESS
 
-from mug.data.config import DataConfig
-from mug.model.presets import ModelConfig, resolve
-from mug.run.training.command_line import Parser
-from mug.run.training.errors import RunError
+from mug.data.kinds.samples import Samples, find_kind
+from mug.data.mixture import StreamConfig
+from mug.data.store.expand import without_signatures
+from mug.data.tokenizer import Tokenizer
+from mug.model.objectives.objective import Context, Objective, find_objective
+from mug.model.presets import Vocabulary, resolve
+from mug.run.cluster.config import FaultsConfig
+from mug.run.common.command_line import Parser, check_min
+from mug.run.common.errors import RunError
+from mug.run.evaluators.evaluator import check_config, find_evaluator
+from mug.run.state.config import CheckpointConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-DEFAULT_RECIPE = RECIPES / "openmoji_tiny.yaml"
 
 
 @dataclass(frozen=True)
@@ -25,38 +36,52 @@ class TrainerConfig:
 
     Args:
         global_batch: samples of one optimizer step, over all ranks and accumulation steps.
+        groups: parts of a global batch, of equal size, whose samples see each other where the objective couples them
+            (in-batch negatives, batch norms); of a mixture of streams, each group is of one of them.
         micro_batch: samples that one rank puts through the model at once.
         max_steps: optimizer steps of the run; without it, `epochs` decides.
         epochs: passes over the data.
         base_learning_rate: AdamW's peak learning rate at a global batch of 256; scaled linearly (MAE).
-        min_learning_rate: where the cosine ends.
+        min_learning_rate: where the schedule ends.
+        schedule: from the peak along half a cosine, or linear along a straight line.
         warmup_samples: samples over which the learning rate rises linearly.
         weight_decay: not on norms, biases, tokens and positions.
+        layer_decay: factor on the learning rate from each layer of the encoder to the one below it.
         betas: AdamW's.
         gradient_clipping: largest global gradient norm; 0 does not clip.
         log_every: steps between two rows of metrics.
-        eval_every: steps between two evaluations on held-out pairs; also at the end.
-        eval_samples: held-out pairs to evaluate on; all if there are fewer.
-        recompute: what backward computes again to need less memory: nothing, elementwise (norms and activations) or
-            blocks (all but each block's input).
+        tracker: wandb also logs them to Weights & Biases (pip install mug[wandb]).
+        eval_every: steps between two evaluations on held-out samples; also at the end.
+        eval_samples: held-out samples whose losses are evaluated, spread over the set; all if there are fewer.
+        precision: of weights and activations: bf16 (with fp32 master weights and accumulated gradients), fp32, or auto:
+            bf16 on GPUs, fp32 on CPUs.
+        activation_checkpointing: what backward computes again to need less memory: none, elementwise (norms and
+            activations) or blocks (all but each block's input).
+        compile: put the model's blocks through torch.compile, which takes a minute or more at the first steps.
         apex_adam: take NVIDIA apex's FusedAdam instead of the AdamW of the DeepSpeed JSON.
         apex_layer_norm: take NVIDIA apex's FusedLayerNorm instead of PyTorch's.
     """
 
     global_batch: int = 4096
+    groups: int = 1
     micro_batch: int = 64
     max_steps: int | None = None
     epochs: float = 1.0
     base_learning_rate: float = 1.5e-4
     min_learning_rate: float = 0.0
+    schedule: Literal["cosine", "linear"] = "cosine"
     warmup_samples: int = 0
     weight_decay: float = 0.05
+    layer_decay: float = 1.0
     betas: tuple[float, float] = (0.9, 0.95)
     gradient_clipping: float = 1.0
     log_every: int = 10
+    tracker: Literal["wandb"] | None = None
     eval_every: int = 1000
     eval_samples: int = 10000
-    recompute: Literal["nothing", "elementwise", "blocks"] = "nothing"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    activation_checkpointing: Literal["none", "elementwise", "blocks"] = "none"
+    compile: bool = False
     apex_adam: bool = False
     apex_layer_norm: bool = False
 
@@ -66,182 +91,267 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True)
-class PretrainTrainerConfig(TrainerConfig):
-    """How the model is pre-trained.
-
-    Args:
-        knn: labelled images, as run/knn.py's --data, for the accuracy of nearest neighbours at each evaluation.
-    """
-
-    knn: str | None = None
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When the run's state is saved.
-
-    Args:
-        every_steps: steps between two checkpoints; also at the end.
-        every_minutes: also after so many minutes without one, at a step that is logged; 0 leaves it to the steps.
-        keep: how many of the newest to keep; those that a replay bundle starts from stay, too.
-        asynchronous: copy the state to host memory and write it from there while training goes on.
-    """
-
-    every_steps: int = 1000
-    every_minutes: float = 0
-    keep: int = 3
-    asynchronous: bool = False
-
-
-@dataclass(frozen=True)
-class SafetyConfig:
-    """What to do when ranks go wrong.
-
-    Args:
-        hang_minutes: how long a rank may get no further before the run stops and names it; an evaluation's batch, a
-            picture and a save must each take less.
-    """
-
-    hang_minutes: float = 10.0
-
-
-@dataclass(frozen=True)
-class PretrainSafetyConfig(SafetyConfig):
-    """What to do when ranks or losses go wrong.
-
-    Args:
-        nonfinite: 'stop' at a step whose loss or gradient is not finite, or 'skip' its batch; nothing is updated.
-        spike_factor: a logged loss above so many times the median of the last 32 logged ones is a spike: go back to
-            an earlier checkpoint and skip the batches since then. 0 never does.
-        spike_checkpoints: how many checkpoints to go back.
-        max_skips: how many times in a run to skip batches before it stops after all.
-    """
-
-    nonfinite: Literal["stop", "skip"] = "stop"
-    spike_factor: float = 0.0
-    spike_checkpoints: int = 1
-    max_skips: int = 10
-
-
-@dataclass(frozen=True)
 class Recipe:
-    """One pre-training run.
+    """One run.
 
     Args:
-        objective: what is learned, a name in mug.model.mug.OBJECTIVES.
-        loss_weights: factor of each term of the objective in the total loss; a term of factor 0 is not computed.
+        objective: what is learned: the name of a file in model/objectives/.
+        model: the objective's `Config`, resolved.
+        data: the `Config` of the objective's kind of batch; of several streams, a `StreamConfig` each by name.
+        evals: the `Config` of each evaluation, by name: a file in run/evaluators/.
+        loss_weights: factor of each loss of the objective in the total; a loss of factor 0 is not computed.
+        init: weights for the encoder to begin with: the folder of a run or of one of its checkpoints, or a file of an
+            encoder in timm's, MAE's or transformers' layout (.safetensors, .pth, a training checkpoint too), or a
+            folder of `save_pretrained`. Without it, from scratch. Or for several parts of the model, by name; of parts
+            other than `encoder`, a run that has the same part, or a file of its state dict.
+        rates: part of the model → factor on its learning rate; 0 freezes it.
         seed: of weights, order of samples, crops and masks.
     """
 
-    model: ModelConfig
-    data: DataConfig
-    trainer: PretrainTrainerConfig
+    objective: str
+    model: Any
+    data: Any
+    trainer: TrainerConfig
     checkpoint: CheckpointConfig
-    safety: PretrainSafetyConfig
-    objective: str = "mug"
-    loss_weights: dict[str, float] = field(default_factory=lambda: {"pixels": 1.0, "caption": 0.1})
+    faults: FaultsConfig
+    evals: dict[str, Any] = field(default_factory=dict)
+    loss_weights: dict[str, float] = field(default_factory=dict)
+    init: str | dict[str, str] | None = None
+    rates: dict[str, float] = field(default_factory=dict)
     seed: int = 0
 
     @property
-    def weighted(self) -> dict[str, float]:
-        """The terms that are trained on, with their factors."""
-        return {term: factor for term, factor in self.loss_weights.items() if factor}
+    def active_losses(self) -> dict[str, float]:
+        """Returns the losses that are trained on, with their factors."""
+        return {name: factor for name, factor in self.loss_weights.items() if factor}
+
+    def context(self, samples: Samples) -> Context:
+        """Returns what the objective knows of data and recipe."""
+        tokenizer = samples.tokenizer
+        return Context(
+            seed=self.seed,
+            vocabulary=tokenizer and vocabulary_of(tokenizer),
+            class_names=tuple(samples.class_names),
+            losses=tuple(self.active_losses),
+        )
+
+    @property
+    def streams(self) -> dict[str, StreamConfig]:
+        """Returns the streams by name; a single one has the name ""."""
+        if isinstance(self.data, dict):
+            return self.data
+        return {"": StreamConfig(self.data, find_objective(self.objective).kinds[0])}
+
+    @property
+    def workers(self) -> int:
+        """Processes per rank that read samples."""
+        return max(stream.config.workers for stream in self.streams.values())
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
-        """The recipe that `dataclasses.asdict` made `values` of."""
-        sections = {"model": ModelConfig, "data": DataConfig, "trainer": PretrainTrainerConfig}
-        sections |= {"checkpoint": CheckpointConfig, "safety": PretrainSafetyConfig}
-        return cls(**values | {name: section(**values[name]) for name, section in sections.items()})
+        """Returns the recipe that `dataclasses.asdict` turned into `values`."""
+        objective = find_objective(values["objective"])
+        sections: dict[str, Any] = {"model": objective.Config(**values["model"])}
+        sections |= {"data": _data_from_dict(objective, values["data"])}
+        for name, section in SECTIONS.items():
+            sections[name] = section(**values[name])
+        sections["evals"] = {name: find_evaluator(name).Config(**one) for name, one in values["evals"].items()}
+        return cls(**values | sections)
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
+    """Returns what a model needs of the tokenizer."""
+    t = tokenizer
+    languages = {"languages": t.languages, "language_ids": t.language_ids}
+    return Vocabulary(size=t.vocab_size, pad=t.pad, bos=t.bos, eos=t.eos, mask=t.mask, **languages)
+
+
+def stream_kinds(data: Any) -> dict[str, str]:
+    """Returns stream → kind of a recipe's section `data`, where it names streams: then each value has a weight."""
+    several = (
+        isinstance(data, dict) and data and all(isinstance(one, dict) and "weight" in one for one in data.values())
+    )
+    return {str(name): str(one.get("kind", "pairs")) for name, one in data.items()} if several else {}
+
+
+def stream_options(kind: str) -> type:
+    """The options of a stream of a mixture: those of its kind, side by side with `kind` and `weight`."""
+    config = find_kind(kind).Config
+    fields = [("kind", str, field(default=kind)), ("weight", float, field(default=1.0))]
+    return dataclasses.make_dataclass(
+        "StreamOptions", fields, bases=(config,), frozen=config.__dataclass_params__.frozen
+    )
+
+
+def stream_of(options: Any) -> StreamConfig:
+    """The stream that an instance of `stream_options` describes."""
+    config = find_kind(options.kind).Config
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(config)}
+    return StreamConfig(config(**values), options.kind, options.weight)
+
+
+def _data_from_dict(objective: type[Objective], data: dict[str, Any]) -> Any:
+    if kinds := stream_kinds(data):
+        return {
+            name: StreamConfig(find_kind(kind).Config(**data[name]["config"]), kind, data[name]["weight"])
+            for name, kind in kinds.items()
+        }
+    return find_kind(objective.kinds[0]).Config(**data)
+
+
+SECTIONS = {"trainer": TrainerConfig, "checkpoint": CheckpointConfig, "faults": FaultsConfig}
 
 
 @dataclass(frozen=True)
 class Command:
-    """What the command line says: the recipe, the DeepSpeed JSON, the folder of the run, and whether a run that was
-    begun with another recipe may go on with this one."""
+    """The parsed command line: the recipe, the DeepSpeed JSON, the folder of the run, and whether a run that was
+    begun with another recipe may be resumed with this one."""
 
-    recipe: Any
+    recipe: Recipe
     deepspeed: Path
     output: Path
     allow_changes: bool
 
 
-def build_parser() -> Parser:
-    """The options of run/pretrain.py."""
-    return recipe_parser("pretrain.py", "Pre-train MUG on image-text pairs.", Recipe, DEFAULT_RECIPE)
+@dataclass(frozen=True)
+class Named:
+    """What decides which other options there are.
+
+    streams: name → kind; empty where there is one stream, without a name.
+    """
+
+    objective: str
+    evals: tuple[str, ...] = ()
+    streams: dict[str, str] = field(default_factory=dict)
 
 
-def recipe_parser(prog: str, description: str, recipe: type, default: Path) -> Parser:
-    """The options of a command that trains by a recipe: a key each of the dataclass, and where things are."""
+def build_parser(prog: str, description: str, named: Named) -> Parser:
+    """Returns the parser of a command that trains: an option for each key of the recipe, and the paths.
+
+    Raises:
+        ObjectiveError, DataError, RunError: the objective, kind of data or evaluation does not exist.
+    """
+    objective = find_objective(named.objective)
     parser = Parser(prog=prog, description=description)
-    parser.add_argument("--config", action="config", help=f"recipe, a YAML file (default: {default.name})")
-    parser.add_argument("--deepspeed", type=str | None, default=None, help="DeepSpeed JSON, from ds_configs/")
+    parser.add_argument("--config", action="config", help="recipe, a YAML file of run/recipes/")
     parser.add_argument("--output", type=str | None, default=None, help="folder of the run (runs/RECIPE)")
     parser.add_argument(
         "--allow_changes",
         type=bool,
         default=False,
-        help="go on with a run although keys of its recipe that decide what is learned have changed",
+        help="resume a run although keys of its recipe that decide what is learned have changed",
     )
+    parser.add_argument("--deepspeed", type=str | None, default=None, help="DeepSpeed JSON, from ds_configs/")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=SUPPRESS)  # the launcher's
-    parser.add_class_arguments(recipe, as_group=False)
+    parser.add_argument("--objective", type=str, help="what is learned: the name of a file in model/objectives/")
+    parser.add_class_arguments(objective.Config, "model")
+    for name, kind in named.streams.items():
+        if kind not in objective.kinds:
+            raise RunError(f"data.{name}: {named.objective} learns from {', '.join(objective.kinds)}, not from {kind}")
+        parser.add_class_arguments(stream_options(kind), f"data.{name}")
+    if not named.streams:
+        parser.add_class_arguments(find_kind(objective.kinds[0]).Config, "data")
+    for name, section in SECTIONS.items():
+        parser.add_class_arguments(section, name)
+    for name in named.evals:
+        parser.add_class_arguments(find_evaluator(name).Config, f"evals.{name}")
+    weights = "factor of each loss in the total; a loss of factor 0 is not computed"
+    parser.add_argument("--loss_weights", type=dict[str, float], default=dict(objective.losses), help=weights)
+    init = "weights for the encoder to begin with, or for each of several parts"
+    parser.add_argument("--init", type=str | dict[str, str] | None, default=None, help=init)
+    rates = "factor on the learning rate of parts of the model, such as encoder; 0 freezes one"
+    parser.add_argument("--rates", type=dict[str, float], default={}, help=rates)
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order of samples, crops and masks")
     return parser
 
 
-def parse_command(arguments: list[str] | None = None) -> Command:
-    """Parse the command line of run/pretrain.py.
-
-    Raises:
-        RunError: an unknown flag or recipe key, a value of the wrong type, a missing recipe or JSON.
-        ModelConfigError: sizes that do not fit together.
-    """
-    command = parse_recipe(build_parser(), Recipe, DEFAULT_RECIPE, arguments)
-    check_least(command.recipe, SAFETY_LEAST)
-    return dataclasses.replace(command, recipe=dataclasses.replace(command.recipe, model=resolve(command.recipe.model)))
-
-
-def parse_recipe(parser: Parser, recipe: type, default: Path, arguments: list[str] | None) -> Command:
-    """Parse a command line of `recipe_parser`; without --config, the recipe is `default`.
+def parse_command(prog: str, description: str, default: Path, arguments: Sequence[str] | None = None) -> Command:
+    """Parse the command line of a command that trains; without --config, the recipe is `default`.
 
     Raises:
         RunError: an unknown flag or recipe key, a value of the wrong type or out of range, a missing recipe or JSON.
+        ObjectiveError: the objective does not exist.
+        ModelConfigError: sizes that do not fit together.
     """
-    values, parsed, output = read_recipe(parser, recipe, default, arguments)
-    if parsed.deepspeed is None:
-        raise RunError("--deepspeed is missing; name a DeepSpeed JSON, for example ds_configs/zero3.json")
-    check_least(values, LEAST)
-    if not values.safety.hang_minutes > 0:
-        raise RunError(f"safety.hang_minutes must be more than 0, not {values.safety.hang_minutes}")
-    return Command(values, Path(parsed.deepspeed), output, parsed.allow_changes)
-
-
-def read_recipe(
-    parser: Parser, recipe: type, default: Path, arguments: list[str] | None
-) -> tuple[Any, Namespace, Path]:
-    """The recipe, all that was parsed, and the folder of the run, of a parser with --config and --output.
-
-    Raises:
-        RunError: an unknown flag or recipe key, a value of the wrong type, a missing recipe.
-    """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     recipes, others = _split(arguments)
     recipe_file = Path(recipes[0]) if recipes else default
     if not recipe_file.is_file():
-        shipped = ", ".join(sorted(path.name for path in default.parent.glob("*.yaml")))
-        raise RunError(f"--config {recipe_file}: no such file; {default.parent.name}/ holds {shipped}")
+        raise RunError(f"--config {recipe_file}: no such file; {RECIPES.name}/ holds {', '.join(_shipped())}")
+    named = _named(recipes or [str(default)], others, default)
+    parser = build_parser(prog, description, named)
     named_first = [f"--config={path}" for path in recipes or [default]]
     parsed = parser.parse_args([*named_first, *others])
-    fields = dataclasses.fields(recipe)
-    for one in fields:
-        if parsed[one.name] is None and dataclasses.is_dataclass(one.type):
-            raise RunError(f"{recipe_file}: section {one.name} is empty; give it keys, or leave it out")
+    for section in ("model", "data", *SECTIONS):
+        if parsed[section] is None:
+            raise RunError(f"{recipe_file}: section {section} is empty; give it keys, or leave it out")
     values = parser.instantiate(parsed)
-    made = recipe(**{one.name: values[one.name] for one in fields})
-    return made, parsed, Path(parsed.output or Path("runs") / recipe_file.stem)
+    recipe = Recipe(
+        objective=named.objective,
+        data={name: stream_of(values.data[name]) for name in named.streams} or values.data,
+        evals={name: values.evals[name] for name in named.evals},
+        **{name: values[name] for name in ("model", *SECTIONS, "loss_weights", "init", "rates", "seed")},
+    )
+    if parsed.deepspeed is None:
+        raise RunError("--deepspeed is missing; give a DeepSpeed JSON, for example ds_configs/zero3.json")
+    output = Path(parsed.output or Path("runs") / recipe_file.stem)
+    return Command(checked(recipe), Path(parsed.deepspeed), output, parsed.allow_changes)
+
+
+def checked(recipe: Recipe) -> Recipe:
+    """Returns the recipe with its model resolved.
+
+    Raises:
+        RunError: a number out of range, or a weight of a loss that the objective does not have.
+        ModelConfigError: sizes that do not fit together.
+    """
+    check_min(recipe, MIN)
+    check_fractions(recipe, "trainer.layer_decay")
+    check_betas(recipe.trainer.betas)
+    if not 0 < (minutes := recipe.faults.hang_minutes) <= MAX_HANG_MINUTES:
+        raise RunError(f"faults.hang_minutes must be more than 0 and at most {MAX_HANG_MINUTES:,}, not {minutes}")
+    if recipe.trainer.global_batch % recipe.trainer.groups:
+        raise RunError(
+            f"trainer.groups {recipe.trainer.groups} does not divide trainer.global_batch {recipe.trainer.global_batch}"
+        )
+    check_loss_weights(recipe)
+    for part, rate in recipe.rates.items():
+        if not 0 <= rate < math.inf:
+            raise RunError(f"rates.{part} must be at least 0, not {rate}")
+    for name, config in recipe.evals.items():
+        check_config(config, f"evals.{name}.")
+    recipe = dataclasses.replace(recipe, model=resolve(recipe.model))
+    check_crops(recipe)
+    return recipe
+
+
+def _shipped() -> list[str]:
+    return sorted(str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml"))
+
+
+def _named(recipes: Sequence[str], others: Sequence[str], default: Path) -> Named:
+    """Returns what recipes and options name; a recipe that cannot be read is left to the parser, which reports it."""
+    objective, evals, streams = default.parent.name, None, {}
+    for path in recipes:
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+            if isinstance(values, dict):
+                objective = values.get("objective", objective)
+                streams |= stream_kinds(values.get("data"))
+                if "evals" in values:
+                    evals = (evals or set()) | set(values["evals"] or ())
+    evals = {"losses"} if evals is None else evals
+    for option, following in itertools.zip_longest(others, others[1:], fillvalue=""):
+        name, _, value = option.partition("=")
+        if name == "--objective":
+            objective = value or following
+        elif name.startswith("--evals."):
+            evals.add(name.split(".")[1])
+    return Named(str(objective), tuple(sorted(map(str, evals))), streams)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Recipes, and all else: a flag changes what a recipe says wherever it stands, as users expect."""
+    """Split the arguments into recipes and the rest: a flag overrides a recipe wherever it stands, as users expect."""
     recipes, others, rest = [], [], iter(arguments)
     for argument in rest:
         if argument == "--config":
@@ -254,75 +364,135 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def count_steps(trainer: TrainerConfig, samples: int) -> int:
-    """Optimizer steps of the run: trainer.max_steps, or what trainer.epochs passes over the data make."""
+    """Returns the optimizer steps of the run: trainer.max_steps, or those of trainer.epochs passes over the data."""
     if trainer.max_steps is not None:
         return trainer.max_steps
     if (steps := int(trainer.epochs * samples // trainer.global_batch)) < 1:
         raise RunError(
             f"trainer.epochs {trainer.epochs} x {samples} samples is less than one global batch of"
-            f" {trainer.global_batch}; raise trainer.epochs or name trainer.max_steps"
+            f" {trainer.global_batch}; raise trainer.epochs or set trainer.max_steps"
         )
     return steps
 
 
-# What may change while a run goes on: how it is watched, saved and divided, where its data lie (the index's
-# fingerprint tells whether they are the same), and how long it lasts.
-FREE = ("checkpoint", "safety", "trainer.max_steps", "trainer.epochs", "trainer.micro_batch", "trainer.log_every")
-FREE += ("trainer.eval_every", "trainer.eval_samples", "data.shards", "data.held_out", "data.tokenizer", "data.cache")
-FREE += ("data.workers", "data.remote", "data.cache_gb", "data.ahead", "data.retry_seconds", "data.max_bad_samples")
-FREE += ("data.max_bad_in_shard", "trainer.recompute", "trainer.knn", "init", "data.images", "data.test")
+# What may change when a run resumes: how it is monitored, saved and divided, where its data are (the index's
+# fingerprint shows whether they are the same), and how long it lasts.
+MUTABLE_ON_RESUME = (
+    "checkpoint",
+    "faults",
+    "trainer.max_steps",
+    "trainer.epochs",
+    "trainer.micro_batch",
+    "trainer.log_every",
+    "trainer.tracker",
+    "trainer.eval_every",
+    "trainer.eval_samples",
+    "data.shards",
+    "data.held_out",
+    "data.tokenizer",
+    "data.cache",
+    "data.workers",
+    "data.remote",
+    "data.cache_gb",
+    "data.prefetch",
+    "data.retry_seconds",
+    "data.max_bad_fraction",
+    "data.max_bad_fraction_in_shard",
+    "trainer.precision",
+    "trainer.activation_checkpointing",
+    "trainer.compile",
+    "evals",
+    "init",
+    "data.images",
+    "data.test",
+    "data.folder",
+)
+
+
+def recorded(recipe: Any) -> dict[str, Any]:
+    """Returns the values of a recipe as files may keep them: URLs without their signatures."""
+
+    def public(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: public(one) for name, one in value.items()}
+        return without_signatures(value) if isinstance(value, str) else value
+
+    return public(dataclasses.asdict(recipe))
 
 
 def changes(saved: dict[str, Any], recipe: Recipe) -> list[str]:
-    """What decides what is learned and is not as in `saved`, the `dataclasses.asdict` of a recipe, through JSON."""
-    before, now = _flat(saved), _flat(json.loads(json.dumps(dataclasses.asdict(recipe))))
+    """Returns the keys that decide what is learned and differ from `saved`, a recipe as `recorded`, through JSON."""
+    before, now = flat(saved), flat(json.loads(json.dumps(recorded(recipe))))
     return [
         f"{name} {before[name]} (now {value})"
         for name, value in now.items()
-        if name in before and before[name] != value and not name.startswith(FREE)
+        if name in before and before[name] != value and not _is_free(name)
     ]
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys as dotted names."""
-    flat: dict[str, Any] = {}
+def _is_free(name: str) -> bool:
+    if name.startswith("data.") and ".config." in name:  # of a stream with a name
+        name = f"data.{name.partition('.config.')[2]}"
+    return any(name == free or name.startswith(f"{free}.") for free in MUTABLE_ON_RESUME)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested keys as dotted names."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
-# What a number must at least be; a run without a checkpoint, for one, could not go on.
-LEAST = {
-    "trainer.max_steps": 1,
-    "trainer.epochs": 0,
-    "trainer.base_learning_rate": 0,
-    "trainer.min_learning_rate": 0,
-    "trainer.warmup_samples": 0,
-    "trainer.weight_decay": 0,
-    "trainer.gradient_clipping": 0,
-    "trainer.log_every": 1,
-    "trainer.eval_every": 1,
-    "trainer.eval_samples": 1,
-    "checkpoint.every_steps": 1,
-    "checkpoint.every_minutes": 0,
-    "checkpoint.keep": 1,
-    "seed": 0,
+# Minima of numbers; a run without a checkpoint, for one, could not be resumed.
+MIN = {
+    **{f"trainer.{name}": 1 for name in ("global_batch", "groups", "micro_batch", "max_steps")},
+    **{f"trainer.{name}": 1 for name in ("log_every", "eval_every", "eval_samples")},
+    **{f"trainer.{name}": 0 for name in ("epochs", "base_learning_rate", "min_learning_rate", "warmup_samples")},
+    **{f"trainer.{name}": 0 for name in ("weight_decay", "gradient_clipping")},
+    **{"checkpoint.every_steps": 1, "checkpoint.every_minutes": 0, "checkpoint.keep": 1, "seed": 0},
+    **{"faults.spike_factor": 0, "faults.spike_checkpoints": 1, "faults.max_skips": 0},
 }
-SAFETY_LEAST = {"safety.spike_factor": 0, "safety.spike_checkpoints": 1, "safety.max_skips": 0}
+MAX_HANG_MINUTES = 1_000_000  # two years; what waits for ranks counts in integers of limited size
 
 
-def check_least(recipe: Any, least: dict[str, float]) -> None:
-    """Raise RunError unless the numbers of these dotted names are at least so large, and trainer.betas in range."""
-    for name, bound in least.items():
-        value = operator.attrgetter(name)(recipe)
-        if value is not None and value < bound:
-            raise RunError(f"{name} must be at least {bound}, not {value}")
-    if not all(0 <= beta < 1 for beta in recipe.trainer.betas):
-        raise RunError(f"trainer.betas must lie in [0, 1), not be {recipe.trainer.betas}")
+def check_betas(betas: tuple[float, float]) -> None:
+    """Raise RunError unless AdamW accepts these betas."""
+    if not all(0 <= beta < 1 for beta in betas):
+        raise RunError(f"trainer.betas must lie in [0, 1), not be {betas}")
 
 
-def check_shares(recipe: Any, *names: str) -> None:
+def check_loss_weights(recipe: Recipe) -> None:
+    """Raise RunError unless the weights are those of the objective's losses, none below 0, and one above 0."""
+    names = find_objective(recipe.objective).losses
+    if set(recipe.loss_weights) != set(names):
+        raise RunError(
+            f"loss_weights names {', '.join(recipe.loss_weights)}; {recipe.objective} has {', '.join(names)}"
+        )
+    for name, weight in recipe.loss_weights.items():
+        if not weight >= 0:
+            raise RunError(f"loss_weights.{name} must be at least 0, not {weight}")
+    if not recipe.active_losses:
+        raise RunError("loss_weights are all 0: nothing would be trained; set one above 0")
+
+
+def check_crops(recipe: Recipe) -> None:
+    """Raise RunError where the data's crops are set, and the objective's views have their own."""
+    if not find_objective(recipe.objective).views(recipe.model):
+        return
+    scales = [f"model.{one.name}" for one in dataclasses.fields(recipe.model) if one.name.endswith("_scale")]
+    instead = {"crop_scale": f"set {' and '.join(scales)} instead", "flip": "its method mirrors them or does not"}
+    for stream, options in recipe.streams.items():
+        for one in dataclasses.fields(options.config):
+            if one.name in instead and getattr(options.config, one.name) != one.default:
+                raise RunError(
+                    f"{'.'.join(filter(None, ('data', stream, one.name)))} does not apply to the views of"
+                    f" {recipe.objective}: leave it out; {instead[one.name]}"
+                )
+
+
+def check_fractions(recipe: Any, *names: str) -> None:
     """Raise RunError unless the numbers of these dotted names are more than 0 and at most 1."""
     for name in names:
-        if not 0 < (share := operator.attrgetter(name)(recipe)) <= 1:
-            raise RunError(f"{name} must be more than 0 and at most 1, not {share}")
+        if not 0 < (fraction := operator.attrgetter(name)(recipe)) <= 1:
+            raise RunError(f"{name} must be more than 0 and at most 1, not {fraction}")

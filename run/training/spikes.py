@@ -1,4 +1,4 @@
-"""Loss spikes: how one is recognised, and how a run goes back before it (PaLM, arXiv 2204.02311, section 5.1)."""
+"""Loss spikes: how one is recognised, and how a run is rolled back (PaLM, arXiv 2204.02311, section 5.1)."""
 
 import math
 import statistics
@@ -6,11 +6,11 @@ from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 
-from mug.run.training import checkpoint
-from mug.run.training.checkpoint import Checkpoint
+from mug.run.state import checkpoint
+from mug.run.state.checkpoint import Checkpoint
 
 WINDOW = 32  # logged losses that a new one is compared with
-LEAST = 8  # of them that there must be
+MIN_LOSSES = 8  # logged losses that the median needs
 
 
 class SpikeAlarm:
@@ -25,16 +25,18 @@ class SpikeAlarm:
         """Whether `loss` is a spike; if not, it is remembered."""
         if not math.isfinite(loss):
             return False
-        spike = bool(self.factor) and len(self.losses) >= LEAST and loss > self.factor * statistics.median(self.losses)
+        spike = (
+            bool(self.factor) and len(self.losses) >= MIN_LOSSES and loss > self.factor * statistics.median(self.losses)
+        )
         if not spike:
             self.losses.append(loss)
         return spike
 
 
-def rewind(output: Path, checkpoints: int, step: int, next_position: int, keep: int) -> Checkpoint | None:
+def rollback(output: Path, checkpoints: int, step: int, next_position: int, keep: int) -> Checkpoint | None:
     """Commit a checkpoint of `step` with the state of an earlier one, and the positions between as skipped.
 
-    The run that is started from it goes on at `next_position`. Returns the earlier one, the newest but
+    The run that is started from it continues at `next_position`. Returns the earlier one, the newest but
     `checkpoints` - 1, or the oldest there is; None if there is none yet.
 
     Raises:
@@ -47,5 +49,5 @@ def rewind(output: Path, checkpoints: int, step: int, next_position: int, keep: 
     data = found.manifest["data"]
     skipped = [*data["skipped"], [data["next_position"], next_position]]
     state = {**found.manifest, "data": {**data, "next_position": next_position, "skipped": skipped}}
-    checkpoint.commit_again(output, found, step, state, keep)
+    checkpoint.fork(output, found, step, state, keep)
     return found
