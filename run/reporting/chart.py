@@ -32,6 +32,10 @@ class Line:
     def values(self) -> list[float]:
         return [y for _, y in self.points if y is not None]
 
+    def last(self) -> str:
+        """Returns the last finite value as text; empty without one."""
+        return short(self.values()[-1]) if self.values() else ""
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -45,7 +49,7 @@ class Axis:
 
     @staticmethod
     def over(values: Sequence[float], begin: float, end: float, log: bool = False, room: float = 0.0) -> "Axis":
-        """An axis that holds the values and leaves the share `room` free at both ends."""
+        """Returns an axis that holds the values and leaves the share `room` free at both ends."""
         low, high = min(values), max(values)
         if low == high:  # one value: any width will do
             low, high = (low / 2, high * 2) if log else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
@@ -59,7 +63,7 @@ class Axis:
         return self.begin + (value - low) / (high - low) * (self.end - self.begin)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Round values inside the axis, and their labels."""
+        """Returns round values inside the axis, and their labels."""
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             many = math.log10(self.high / self.low) > 2
@@ -72,14 +76,14 @@ class Axis:
         return [(i * step, short(i * step, step)) for i in range(first, last + 1)]
 
 
-def _round_step(least: float) -> float:
-    """The smallest 1, 2 or 5 times a power of ten that is at least `least`."""
-    power = 10.0 ** math.floor(math.log10(least))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
+def _round_step(minimum: float) -> float:
+    """Returns the smallest 1, 2 or 5 times a power of ten that is at least `minimum`."""
+    power = 10.0 ** math.floor(math.log10(minimum))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= minimum * (1 - 1e-9))
 
 
 def short(value: float, step: float | None = None) -> str:
-    """A number for people, with k, M or G: digits enough to tell values `step` apart, else four that count."""
+    """Returns a number as text, with k, M or G: digits that distinguish values `step` apart, or four significant."""
     size = abs(value)
     factor, unit = next((u for u in UNITS if size >= u[0]), (1.0, ""))
     if size >= 1e4:
@@ -91,11 +95,11 @@ def short(value: float, step: float | None = None) -> str:
     return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}{unit}"
 
 
-def thinned(points: Sequence[Point], most: int) -> list[Point]:
-    """About `most` of the points, of each stretch the lowest and the highest (and a gap), so that no peak is lost."""
-    if len(points) <= most:
+def thinned(points: Sequence[Point], limit: int) -> list[Point]:
+    """Returns about `limit` points: of each stretch the lowest, the highest and a gap, so that no peak is lost."""
+    if len(points) <= limit:
         return list(points)
-    length = math.ceil(2 * len(points) / most)
+    length = math.ceil(2 * len(points) / limit)
     kept = {0, len(points) - 1}
     for start in range(0, len(points), length):
         stretch = range(start, min(start + length, len(points)))
@@ -106,7 +110,7 @@ def thinned(points: Sequence[Point], most: int) -> list[Point]:
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """The exponential mean over the points so far, of a half-life of a fiftieth of them; none where they are few."""
+    """Returns the exponential mean over the points so far, with a half-life of a fiftieth of them; none of a few."""
     if len(points) < SMOOTH_FROM:
         return []
     decay, mean, weight, means = 0.5 ** (50 / len(points)), 0.0, 0.0, []
@@ -123,7 +127,7 @@ def can_be_log(lines: Sequence[Line]) -> bool:
 
 
 def draw(lines: Sequence[Line], x_label: str, marks: Sequence[tuple[float, int, str]] = (), log: bool = False) -> str:
-    """An SVG of the lines, at least one of which has a value.
+    """Returns an SVG of the lines, at least one of which has a value.
 
     Args:
         marks: (x, colour, what happened there), drawn as upright lines.
@@ -174,7 +178,7 @@ def _curve(line: Line, x_axis: Axis, y_axis: Axis) -> str:
 
 
 def _path(kind: str, points: Sequence[Point], x_axis: Axis, y_axis: Axis) -> str:
-    """The points joined, with a gap where there is no value."""
+    """Returns the path that joins the points, with a gap where there is no value."""
     path = ""
     for finite, stretch in itertools.groupby(points, key=lambda point: point[1] is not None):
         if finite:

@@ -1,4 +1,4 @@
-"""What a run has left in its folder."""
+"""Reads a run's folder: rows, bad samples, pictures, recipe, results."""
 
 import json
 from collections import Counter, deque
@@ -7,20 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mug.run.evaluation.records import read_results
-from mug.run.training.checkpoint import list_folders, read_manifest
-from mug.run.training.errors import RunError
-from mug.run.training.metrics import read_rows
+from mug.run.common.errors import RunError
+from mug.run.reporting.records import CAPTIONS, read_results, read_rows
+from mug.run.state.checkpoint import list_folders, read_manifest
 
-METRICS, LEDGER, CAPTIONS = "metrics.jsonl", "ledger.jsonl", "captions.jsonl"
-LAST = 5  # entries of the ledger that are shown
-LIVES = ("start", "resume")  # the events with which a process takes up a run
+METRICS, BAD_SAMPLES = "metrics.jsonl", "bad_samples.jsonl"
+LAST = 5  # bad samples that are shown
+LAUNCHES = ("start", "resume")  # the events of a process that starts or resumes a run
 
 Row = dict[str, Any]
 
 
 @dataclass
-class LedgerSummary:
+class BadSampleSummary:
     """The samples that could not be used: how many, by reason and by shard, and the latest."""
 
     reasons: Counter[str] = field(default_factory=Counter)
@@ -34,31 +33,31 @@ class LedgerSummary:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run. recipe: by dotted name, empty without a checkpoint. captions: what run/caption_eval.py has left."""
+    """One run. recipe: by dotted name, empty without a checkpoint. captions: those that run/evaluate.py wrote."""
 
     path: Path
     name: str
     rows: list[Row]
     recipe: Row
-    ledger: LedgerSummary
+    bad_samples: BadSampleSummary
     results: list[Row]
     captions: list[Row]
 
     def of_kind(self, kind: str) -> list[Row]:
         return [row for row in self.rows if row["kind"] == kind]
 
-    def lives(self) -> list[Row]:
-        """An event for each process that took up the run, the first one included."""
-        return [row for row in self.of_kind("event") if row.get("event") in LIVES]
+    def launches(self) -> list[Row]:
+        """Returns an event for each process that started or resumed the run."""
+        return [row for row in self.of_kind("event") if row.get("event") in LAUNCHES]
 
     def pictures(self) -> list[tuple[int, Path]]:
-        """Step and file of each picture of held-out pairs, in the order of training."""
+        """Returns step and file of each picture of held-out pairs, in the order of training."""
         found = [(path.stem.partition("-")[2], path) for path in (self.path / "samples").glob("step-*.png")]
         return sorted((int(step), path) for step, path in found if step.isdigit())
 
 
 def open_runs(paths: Sequence[str]) -> list[RunFolder]:
-    """The runs, under names that tell them apart.
+    """Returns the runs, under distinct names.
 
     Raises:
         RunError: a folder is missing, named twice, or holds no metrics.
@@ -73,19 +72,21 @@ def open_runs(paths: Sequence[str]) -> list[RunFolder]:
 
 def open_run(path: Path, name: str) -> RunFolder:
     if not path.is_dir():
-        raise RunError(f"{path}: no such folder; name the folders of runs")
+        raise RunError(f"{path}: no such directory; give the directories of runs")
     metrics = path / METRICS
     found = read_rows(metrics) if metrics.is_file() else []
     rows = [row for row in found if isinstance(row, dict) and "kind" in row and isinstance(row.get("step"), int)]
     if not rows:
-        raise RunError(f"{path} holds no {METRICS} with rows of a run; name a run that has logged a step")
+        raise RunError(f"{path} does not hold a {METRICS} with rows; choose a run that has logged a step")
     captions = read_rows(path / CAPTIONS) if (path / CAPTIONS).is_file() else []
-    return RunFolder(path, name, rows, _recipe(path), read_ledger(path / LEDGER), read_results(path), captions)
+    return RunFolder(
+        path, name, rows, _recipe(path), read_bad_samples(path / BAD_SAMPLES), read_results(path), captions
+    )
 
 
-def read_ledger(file: Path) -> LedgerSummary:
-    """Line by line: a long run's ledger can be long."""
-    summary = LedgerSummary()
+def read_bad_samples(file: Path) -> BadSampleSummary:
+    """Read bad_samples.jsonl line by line: that of a long run can be long."""
+    summary = BadSampleSummary()
     if file.is_file():
         with file.open(encoding="utf-8") as lines:
             for line in lines:
@@ -100,7 +101,7 @@ def read_ledger(file: Path) -> LedgerSummary:
 
 
 def _recipe(path: Path) -> Row:
-    """The recipe in the newest checkpoint whose manifest can be read."""
+    """Returns the recipe in the newest checkpoint whose manifest can be read."""
     for folder in list_folders(path):
         try:
             return flat(read_manifest(folder).get("recipe", {}))
@@ -110,7 +111,7 @@ def _recipe(path: Path) -> Row:
 
 
 def flat(values: Row, prefix: str = "") -> Row:
-    """Nested dicts as one, by dotted names."""
+    """Returns nested dicts as one, by dotted names."""
     found = {}
     for name, value in values.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}

@@ -16,6 +16,14 @@ import torch
 from timm.optim import Lars
 from torch import Tensor, nn
 
+from mug.run.cluster import hardware
+from mug.run.common.command_line import check_min
+from mug.run.common.errors import RunError
+from mug.run.evaluators.evaluator import EvalContext, Evaluator, Result, Subject
+from mug.run.evaluators.frozen import Extracted, FrozenConfig, encoders, open_images, record_of
+from mug.run.evaluators.results import Accuracies
+from mug.run.evaluators.sharing import share
+
 SMALLEST_BATCH, LARGEST_BATCH = 32, 16384
 UPDATES = 78  # of an epoch of MAE's: 1.28 million images in batches of 16,384
 
@@ -33,6 +41,59 @@ class ProbeConfig:
         return self.batch or min(max(math.ceil(images / UPDATES), SMALLEST_BATCH), LARGEST_BATCH)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LinearProbeConfig(FrozenConfig):
+    """A linear classifier on frozen features.
+
+    Args:
+        epochs: passes over the training images.
+        probe_batch: images of one update; without it 16,384, or N / 78 if less.
+        learning_rate: LARS's peak.
+    """
+
+    seeds: int = 3
+    epochs: int = ProbeConfig.epochs
+    probe_batch: int | None = None
+    learning_rate: float = ProbeConfig.learning_rate
+
+    def check(self) -> None:
+        super().check()
+        check_min(self, {"epochs": 1, "probe_batch": 2})
+        if not self.learning_rate > 0:
+            raise RunError(f"learning_rate must be more than 0, not {self.learning_rate}")
+
+
+class LinearProbe(Evaluator):
+    """Top-1 accuracy of the last epoch on labelled images, by class token and by the mean of the patch tokens:
+    `accuracy/linear probe, FEATURE`. The ranks share the encoding, and the probes by feature and seed."""
+
+    Config = LinearProbeConfig
+
+    def __init__(self, config: LinearProbeConfig, context: EvalContext):
+        super().__init__(config, context)
+        self.images = open_images(config, context)
+        self.probe = ProbeConfig(epochs=config.epochs, batch=config.probe_batch, learning_rate=config.learning_rate)
+
+    def run(self, subject: Subject) -> Result:
+        found = Accuracies(self.config.hits)
+        for encoder in encoders(self.config, self.context, self.images, subject):
+            jobs = [(feature, seed) for feature in encoder.train for seed in encoder.seeds]
+            mine = [(number, self._right(encoder, *jobs[number])) for number in share(len(jobs))]
+            for number, right_M in sorted(hardware.gather(mine), key=lambda one: one[0]):
+                found.add(jobs[number][0], "", right_M)
+        return found.result("linear probe", record_of(self.config, "linear probe", self.encoder_name(subject)))
+
+    def _right(self, encoder: Extracted, feature: str, seed: int) -> Tensor:
+        """Train and test one probe; returns which test images were right, bool [M]."""
+        self.context.progress(f"linear probe on the {feature}, seed {seed}")
+        device, images = hardware.device(), self.images
+        train_ND, labels_N = encoder.train[feature].to(device), images.train_labels_N.to(device)
+        probe = train_probe(train_ND, labels_N, images.classes, self.probe, seed)
+        with torch.inference_mode():
+            predicted_M = probe(encoder.test[feature].to(device)).argmax(1).cpu()
+        return predicted_M == images.test_labels_M
+
+
 def build_probe(width: int, classes: int) -> nn.Sequential:
     head = nn.Linear(width, classes)
     nn.init.trunc_normal_(head.weight, std=0.01)
@@ -41,7 +102,7 @@ def build_probe(width: int, classes: int) -> nn.Sequential:
 
 
 def train_probe(features_ND: Tensor, labels_N: Tensor, classes: int, config: ProbeConfig, seed: int) -> nn.Module:
-    """The trained probe, in evaluation mode; `seed` decides its first weights and the order of the images.
+    """Returns the trained probe, in eval mode; `seed` decides its initial weights and the order of the images.
 
     Args:
         features_ND: fp32, on the device to train on.
@@ -52,7 +113,7 @@ def train_probe(features_ND: Tensor, labels_N: Tensor, classes: int, config: Pro
         torch.manual_seed(seed)
         probe = build_probe(features_ND.shape[1], classes).to(features_ND.device)
     head = probe[1]
-    # Trust ratios for the matrix alone; without weight decay timm's Lars must be told.
+    # Trust ratios for the matrix only; without weight decay timm's Lars needs always_adapt.
     groups = [{"params": [head.weight], "always_adapt": True}, {"params": [head.bias]}]
     batch = config.batch_for(len(features_ND))
     optimizer = Lars(groups, lr=config.learning_rate, momentum=0.9)
@@ -71,7 +132,7 @@ def train_probe(features_ND: Tensor, labels_N: Tensor, classes: int, config: Pro
 
 
 def _schedule(epoch: float, config: ProbeConfig) -> float:
-    """Share of the peak learning rate after `epoch` epochs."""
+    """Returns the share of the peak learning rate after `epoch` epochs."""
     if epoch < config.warmup_epochs:
         return epoch / config.warmup_epochs
     done = (epoch - config.warmup_epochs) / max(config.epochs - config.warmup_epochs, 1e-9)

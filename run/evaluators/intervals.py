@@ -1,13 +1,14 @@
-"""How sure an accuracy is: over the seeds, and over the test images."""
+"""Confidence intervals of an accuracy: over the seeds, and over the test images."""
 
 import math
 import statistics
 from dataclasses import dataclass
+from typing import Any
 
 Z = 1.959964  # 97.5% of the normal distribution
 # 97.5% of Student's t with 1, 2, … 9 degrees of freedom: up to ten seeds.
 T = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157)
-MOST_SEEDS = len(T) + 1
+MAX_SEEDS = len(T) + 1
 
 
 @dataclass(frozen=True)
@@ -23,25 +24,25 @@ class Accuracy:
 
     @property
     def deviation(self) -> float | None:
-        """Standard deviation over the seeds (n - 1); None of a single one."""
+        """Returns the standard deviation over the seeds (n - 1); None of a single one."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     def seed_interval(self) -> tuple[float, float] | None:
-        """95% of the mean over seeds (Student's t); None of a single seed."""
+        """Returns the 95% interval of the mean over seeds (Student's t); None of a single seed."""
         if self.deviation is None:
             return None
         half = T[len(self.values) - 2] * self.deviation / math.sqrt(len(self.values))
         return self.mean - half, self.mean + half
 
     def test_interval(self) -> tuple[float, float]:
-        """95% over the draw of the test images (Wilson), of the mean accuracy."""
+        """Returns the 95% interval of the mean accuracy over the draw of the test images (Wilson)."""
         n, p = self.images, self.mean
         centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
         half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-        return centre - half, centre + half
+        return max(0.0, centre - half), min(1.0, centre + half)
 
-    def row(self) -> dict[str, float | int | list[float] | None]:
-        """For a results file."""
+    def row(self) -> dict[str, Any]:
+        """Returns the values for a results file."""
         return {
             "accuracy": self.mean,
             "values": list(self.values),
@@ -53,10 +54,10 @@ class Accuracy:
         }
 
     def __str__(self) -> str:
-        """In percent: mean ± deviation over seeds, then both intervals."""
+        """Returns, in percent, mean ± deviation over seeds, then both intervals."""
         text = f"{100 * self.mean:6.2f}"
-        if self.deviation is not None:
-            text += f" ± {100 * self.deviation:.2f} ({len(self.values)} seeds, 95%: {_percent(self.seed_interval())})"
+        if self.deviation is not None and (interval := self.seed_interval()):
+            text += f" ± {100 * self.deviation:.2f} ({len(self.values)} seeds, 95%: {_percent(interval)})"
         return f"{text}  95% over test images: {_percent(self.test_interval())}"
 
 

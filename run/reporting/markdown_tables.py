@@ -4,15 +4,17 @@ import re
 import statistics
 from pathlib import Path
 
+from mug.run.common.output import write_whole
+
 
 def spread(values: list[float]) -> str:
-    """Shares as percent: mean ± standard deviation (n - 1), or the one value."""
+    """Returns shares as percent: mean ± standard deviation (n - 1), or the one value."""
     mean = f"{100 * statistics.fmean(values):.2f}"
     return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.2f}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Returns a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -25,4 +27,4 @@ def write_section(path: Path, heading: str, text: str) -> None:
     after, found = pattern.subn(lambda _: f"{fresh}\n", before)
     after = after if found else f"{before.rstrip()}\n\n{fresh}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{after.rstrip()}\n", encoding="utf-8")
+    write_whole(path, f"{after.rstrip()}\n")

@@ -1,0 +1,155 @@
+"""Scores written captions against the true ones.
+
+BLEU is sacrebleu's, in lower case. CIDEr and METEOR are those of the package pycocoevalcap, where it is installed;
+METEOR starts Java. COCO's own evaluation also tokenizes with a Java program; here sacrebleu's 13a rules do, and
+punctuation is left out, so metrics differ a little from COCO's.
+"""
+
+import importlib.util
+import itertools
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mug.model.objectives.objective import Captions, Objective
+from mug.run.cluster import hardware
+from mug.run.common.command_line import check_min
+from mug.run.common.errors import RunError
+from mug.run.common.packages import load_package
+from mug.run.evaluators.evaluator import EvalContext, Evaluator, Result, Subject
+from mug.run.evaluators.held_out_pairs import Pair, PairsConfig, images_of, name_of_pairs, open_pairs
+
+ORDERS = range(1, 5)
+OPTIONAL = ("CIDEr", "METEOR")
+PACKAGE, EXTRA = "pycocoevalcap", "eval"
+
+
+@dataclass(frozen=True)
+class CaptionsConfig(PairsConfig):
+    """Captions of image-text pairs, written by beam search; all captions of a pair in the run's languages are its true
+    ones.
+
+    Args:
+        beams: 1 is greedy.
+    """
+
+    beams: int = 4
+
+    def check(self) -> None:
+        super().check()
+        check_min(self, {"beams": 1})
+
+
+class WrittenCaptions(Evaluator):
+    """`captions/BLEU-1` to `captions/BLEU-4`, `captions/CIDEr`, `captions/METEOR`, `captions/distinct`: see `score`.
+
+    Captions are written from the full image. A pair without a true one is passed over. The ranks share the writing;
+    rank 0 scores.
+    """
+
+    Config = CaptionsConfig
+    needs = Captions
+
+    def __init__(self, config: CaptionsConfig, context: EvalContext):
+        super().__init__(config, context)
+        load_package("sacrebleu", EXTRA)
+        self.pairs = open_pairs(config, context)
+        self.warned: set[str] = set()
+
+    def check(self, objective: Objective) -> None:
+        super().check(objective)
+        objective.check_captions()
+
+    def run(self, subject: Subject) -> Result:
+        objective, rows = subject.whole, []
+        for pairs in self.pairs.captioned_share(objective.config.image_size, self.context.micro_batch):
+            self.context.progress(f"captions, pair {pairs[0].number:,} of {len(self.pairs):,}")
+            rows += self._write(objective, pairs)
+        rows = [row for _, row in sorted(hardware.gather(rows), key=lambda one: one[0])]
+        self.pairs.report()
+        if not rows:
+            raise RunError(
+                f"none of the pairs of {name_of_pairs(self.config)} has a caption in {self.pairs.data.language};"
+                " choose other `shards`"
+            )
+        written, true = [row["written"] for row in rows], [row["true"] for row in rows]
+        scores = hardware.on_rank_zero(lambda: score(written, true, self._warn_once))
+        about = {
+            "method": f"captions, {self.config.beams} beam{'s' * (self.config.beams > 1)}",
+            "encoder": self.encoder_name(subject),
+        }
+        about |= {"data": name_of_pairs(self.config), "images": len(rows)}
+        return Result({f"captions/{name}": value for name, value in scores.items()}, [about | scores], rows)
+
+    def _warn_once(self, line: str) -> None:
+        if line not in self.warned:
+            self.context.console.warn(line)
+        self.warned.add(line)
+
+    @torch.inference_mode()
+    def _write(self, objective: Objective, pairs: list[Pair]) -> list[tuple[int, dict[str, Any]]]:
+        """Yields the number of each pair, and its line of captions.jsonl."""
+        tokens_BT = objective.caption(images_of(pairs), self.config.beams)
+        written = [self.context.tokenizer.decode(row) for row in tokens_BT[:, 1:].tolist()]
+        return [
+            (pair.number, {"key": pair.key, "written": text, "true": pair.captions})
+            for pair, text in zip(pairs, written, strict=True)
+        ]
+
+
+def score(written: Sequence[str], true: Sequence[Sequence[str]], warn: Callable[[str], None]) -> dict[str, float]:
+    """Returns BLEU-1 to BLEU-4 (0..100), CIDEr and METEOR (0..1, CIDEr up to 10) of N captions against the true ones.
+
+    `distinct` is the share of different captions among the written: a model that writes one for every image has 1 / N.
+    BLEU-4 of captions assigned to the wrong image shows how much of the score is only the language.
+
+    Args:
+        warn: called once for each metric that is left out, with the reason.
+    """
+    metrics = {f"BLEU-{order}": bleu(written, true, order) for order in ORDERS}
+    metrics["BLEU-4 of another image's"] = bleu([*written[1:], *written[:1]], true, 4)
+    metrics["distinct"] = len(set(written)) / len(written)
+    lacking = missing()
+    for name in OPTIONAL:
+        if name in lacking:
+            warn(f"{name} is left out: {lacking[name]}")
+        else:
+            metrics[name] = coco(name, written, true)
+    return metrics
+
+
+def bleu(written: Sequence[str], true: Sequence[Sequence[str]], order: int) -> float:
+    """Returns corpus BLEU up to n-grams of `order`, 0..100."""
+    from sacrebleu.metrics import BLEU
+
+    streams = list(itertools.zip_longest(*true))  # the i-th caption of each image, None where it has fewer
+    return BLEU(max_ngram_order=order, lowercase=True).corpus_score(list(written), streams).score
+
+
+def missing() -> dict[str, str]:
+    """Returns the optional metrics that are unavailable here, and why."""
+    if importlib.util.find_spec(PACKAGE) is None:
+        return dict.fromkeys(OPTIONAL, f"package {PACKAGE} is not installed (pip install -e '.[eval]')")
+    return {} if shutil.which("java") else {"METEOR": "it needs Java"}
+
+
+def coco(name: str, written: Sequence[str], true: Sequence[Sequence[str]]) -> float:
+    """Returns CIDEr or METEOR of the full set."""
+    if name == "CIDEr":
+        from pycocoevalcap.cider.cider import Cider as Scorer
+    else:
+        from pycocoevalcap.meteor.meteor import Meteor as Scorer
+    ours = {i: [words(caption)] for i, caption in enumerate(written)}
+    theirs = {i: [words(caption) for caption in captions] for i, captions in enumerate(true)}
+    return float(Scorer().compute_score(theirs, ours)[0])
+
+
+def words(caption: str) -> str:
+    """Returns the caption in lower case, tokenized, without punctuation."""
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    parts = Tokenizer13a()(caption.lower()).split()
+    return " ".join(part for part in parts if any(character.isalnum() for character in part))
