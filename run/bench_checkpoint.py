@@ -18,13 +18,12 @@ from jsonargparse import Namespace
 
 from mug.model.presets import PRESETS
 from mug.run.benchmarks.one_rank import OneRank
-from mug.run.training import hardware
-from mug.run.training.command_line import Parser
-from mug.run.training.console import Console, run_command
-from mug.run.training.errors import RunError
-from mug.run.training.recipe import CheckpointConfig
-from mug.run.training.saver import Saver
-from mug.run.training.sharded_state import KINDS
+from mug.run.cluster import hardware
+from mug.run.common.command_line import Parser, check_min
+from mug.run.common.console import Console, run_command
+from mug.run.state.config import CheckpointConfig
+from mug.run.state.saver import Saver
+from mug.run.state.sharded_state import KINDS
 
 
 def main(console: Console) -> None:
@@ -34,11 +33,11 @@ def main(console: Console) -> None:
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     folder = Path(tempfile.mkdtemp(dir=options.output))
     try:
-        stalls = measure(engine, lambda: bench.step(engine), folder, options.rounds)
+        stalls = measure(engine, bench.step(engine), folder, options.rounds)
     finally:
         shutil.rmtree(folder)
     at_once, behind = (statistics.median(values) for values in stalls.values())
-    console.say(
+    console.info(
         f"{options.preset}, {len(KINDS) * 4e-9 * parameters:.2f} GB, {hardware.describe_device()}: training waits"
         f" {at_once:.2f} s for a save at once, {behind:.2f} s for one behind training,"
         f" ratio {behind / at_once:.3f} (medians of {options.rounds})"
@@ -53,13 +52,12 @@ def parse() -> Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="timed saves of each kind")
     parser.add_argument("--output", type=Path, default=Path("."), help="folder to write in, and to clean")
     options = parser.parse_args()
-    if options.rounds < 1:
-        raise RunError(f"--rounds must be at least 1, not {options.rounds}")
+    check_min(options, {"batch": 1, "rounds": 1}, "--")
     return options
 
 
 def measure(engine: Any, train: Any, folder: Path, rounds: int) -> dict[bool, list[float]]:
-    """Seconds that training waits for each save, by whether it is asynchronous."""
+    """Returns the seconds that training waits for each save, by whether it is asynchronous."""
     stalls: dict[bool, list[float]] = {False: [], True: []}
     savers = {
         kind: Saver(engine, folder, CheckpointConfig(keep=1, asynchronous=kind), lambda *_: None) for kind in stalls

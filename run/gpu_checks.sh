@@ -1,52 +1,170 @@
 #!/bin/bash
-# All GPU tests and benchmarks on a bare machine, within 9 minutes and without a network; one table at the end.
-# usage: run/gpu_checks.sh [OUT]
-# Needs Python with PyTorch, Triton, timm and pytest; what else it lacks is taken from wheels/*.whl, and nothing is
-# installed outside OUT (runs/gpu_checks), where logs, figures and a picture go, and benchmarks.md for
-# docs/benchmarks.md. Rewrites kernels/attention_table.json by what it measures. PYTHON names another interpreter.
-# Exit status: 0, 1 if a part failed, 2 if there is no GPU.
+# What one GPU has to say in 8 minutes: whether training starts and resumes, how fast kernels and steps are, whether the
+# tests pass. One table at the end.
+# usage: bash run/gpu_checks.sh [--device cpu] [--seconds 480] [--work FOLDER] [RESULTS]
+#
+# The most valuable parts come first. Each ends by itself within its limit, is left out where too little time is left,
+# and stops none of the others. RESULTS (runs/gpu_checks) gets three files. Each is replaced as a whole every few
+# seconds, so that a script that is killed leaves what was known:
+#   table.txt             a line a part: verdict, seconds, its last line
+#   results.tgz           logs, benchmarks' rows (*.jsonl), metrics of the run, benchmarks.md for docs/benchmarks.md
+#   attention_table.json  which attention is the fastest on this GPU; kernels/attention_table.json becomes the same
+# All else goes to FOLDER (RESULTS.work), on the same file system: packages, runs, caches.
+#
+# Works without a network: Python ($PYTHON, else that of .venv, else python3) must have PyTorch >= 2.11, Triton, timm,
+# transformers, pyarrow, safetensors, tokenizers, tensorboard, psutil, rich and pytest. What else is imported comes from
+# gpu_bundle/, which `make gpu-bundle` collects elsewhere: wheels/ (DeepSpeed, jsonargparse, simplejpeg and what they
+# import), shards/ (the embedded default), triton_cache/ (compiled kernels; may be left out).
+#
+# --device cpu is a dry run: all parts, with small sizes, and without compiling where torch.compile would.
+# Exit status: 0, 1 if a part failed or reached its limit, 2 if there is no GPU or an option is wrong.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
-out=$(realpath -m "${1:-runs/gpu_checks}")
-mkdir -p "$out/site/mug"
-for folder in model data kernels run; do ln -sfn "$PWD/$folder" "$out/site/mug/$folder"; done
-export PYTHONPATH="$out/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-table=() failed=0
+python=python3 device=cuda seconds=480 results=runs/gpu_checks work="" child="" failed=0
 
-# part NAME SECONDS COMMAND...: runs it, its output in OUT/NAME.log; its last line goes to the table
-part() {
-  local name=$1 limit=$2 begin=$SECONDS verdict=PASS status last
-  shift 2
-  echo "$name: at most $limit s"
-  timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1
-  status=$?
-  last=$(grep -v '^[[:space:]]*$' "$out/$name.log" | tail -n 1)
-  if [ $status -ne 0 ]; then
-    verdict=FAIL failed=1
-    tail -n 25 "$out/$name.log"
-    [ $status -eq 124 ] && last="stopped at $limit s; $last"
-  fi
-  table+=("$(printf '%-8s %s %4d s  %s' "$name" "$verdict" $((SECONDS - begin)) "$last")")
+[ -x .venv/bin/python ] && python=$PWD/.venv/bin/python
+python=${PYTHON:-$python}
+
+refuse() { echo "error: $1" >&2; exit 2; }
+
+while [ $# -gt 0 ]; do
+  case $1 in
+    --device) device=${2:-} && shift ;;
+    --seconds) seconds=${2:-} && shift ;;
+    --work) work=${2:-} && shift ;;
+    -*) refuse "$1 is not an option; there are --device, --seconds and --work" ;;
+    *) results=$1 ;;
+  esac
+  shift
+done
+[[ $device =~ ^(cuda|cpu)$ ]] || refuse "--device $device is not one of cuda, cpu"
+[[ $seconds =~ ^[1-9][0-9]*$ ]] || refuse "--seconds $seconds is not a number of seconds"
+if [ "$device" = cuda ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+  refuse "$python finds no GPU (or no PyTorch) on this machine: nothing was checked; --device cpu is a dry run"
+fi
+"$python" -c 'import torch' 2>/dev/null || refuse "$python has no PyTorch: run make .venv/.ready, or name another in PYTHON"
+results=$(realpath -m "$results") work=$(realpath -m "${work:-$results.work}")
+[ ! -e "$work" ] || [ -e "$work/.gpu_checks" ] || refuse "--work $work holds something else; name another folder"
+rm -rf "$work"
+mkdir -p "$results" "$work/site/mug" && touch "$work/.gpu_checks" || exit 2
+for folder in model data kernels run; do ln -s "$PWD/$folder" "$work/site/mug/$folder"; done
+export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTORCH_ALLOC_CONF=expandable_segments:True
+export TRITON_CACHE_DIR=$work/triton TORCHINDUCTOR_CACHE_DIR=$work/inductor
+[ -d gpu_bundle/triton_cache ] && cp -r gpu_bundle/triton_cache "$TRITON_CACHE_DIR"
+: >"$work/table.txt"
+
+# --- What the parts are given ---
+if [ "$device" = cuda ]; then
+  slack=1 steps=(40 60) every=20 presets=(base large huge)
+  kernels=(--seconds 0.03) table=(--write-table)
+  model=(--steps 10) step=(--preset base --batch 256 --steps 8)
+  tests=(tests/kernels tests/model -m gpu -k "not (small and fp32)") # the small kernel never serves fp32
+  "$python" -c 'import xdist' 2>/dev/null && tests+=(-n "$(($(nproc) < 12 ? $(nproc) : 12))" --dist worksteal)
+else
+  export TORCH_COMPILE_DISABLE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # threads that wait for each other take minutes
+  slack=5 steps=(4 6) every=2 presets=(tiny tiny tiny)
+  kernels=(--device cpu --seconds 0) table=()
+  model=(--device cpu --batch 4 --steps 2) step=(--preset tiny --batch 4 --steps 2)
+  tests=(tests/kernels/test_masked_patch_loss_triton.py -m gpu -k "two_calls or nan_in_the_image or full_counts")
+fi
+train=(run/pretrain.py --deepspeed ds_configs/zero3.json --config run/recipes/mug/openmoji_tiny.yaml
+  --output "$work/run" --allow_changes true
+  --trainer.eval_every "${steps[0]}" --trainer.eval_samples 64 --trainer.log_every 1
+  --checkpoint.every_steps "$every" --checkpoint.asynchronous true --trainer.precision bf16)
+[ -d gpu_bundle/shards ] && train+=(--data.cache "$work/cache" --data.tokenizer "$PWD/gpu_bundle/shards/tokenizer.json"
+  --data.shards "$PWD/gpu_bundle/shards/train-*.tar" --data.held_out "$PWD/gpu_bundle/shards/held_out-*.tar")
+losses=(--contenders triton chunked reference "every patch" F.linear_cross_entropy)
+attention=(--contenders triton sdpa sdpa_cudnn sdpa_flash flash_attn flash_attn_4 "${table[@]}")
+
+# --- Parts ---
+# Copy what is known so far to RESULTS: written aside, then renamed.
+save() {
+  local known file
+  known=$(cd "$work" && ls -d table.txt ./*.log ./*.jsonl benchmarks.md run/metrics.jsonl 2>/dev/null)
+  # shellcheck disable=SC2086  # names of our own, without spaces
+  tar czf "$work/new" -C "$work" $known 2>/dev/null
+  [ $? -le 1 ] && mv "$work/new" "$results/results.tgz" # 1: a log grew while it was read
+  for file in kernels/attention_table.json "$work/table.txt"; do
+    cp "$file" "$work/new" && mv "$work/new" "$results/${file##*/}"
+  done
 }
 
-if compgen -G "wheels/*.whl" >/dev/null; then
-  part wheels 25 "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$out/site" wheels/*.whl
+end_part() { [ -z "$child" ] || kill -KILL -- "-$child" 2>/dev/null; } # timeout leads a process group
+trap 'end_part; save; exit 1' INT TERM HUP
+save # in the place of what an earlier run has left
+
+# part NAME SECONDS COMMAND...: run it for so many seconds at most (slack times as many in a dry run, as its machine may
+# be busy), its output in FOLDER/NAME.log, a line in the table.
+part() {
+  local name=$1 limit=$(($2 * slack)) least=$(($2 / 3)) begin=$SECONDS left=$((seconds - SECONDS))
+  local verdict=PASS status last line tick
+  shift 2
+  if [ "$left" -le "$least" ]; then
+    line=$(printf '%-10s LEFT OUT        it wants %d s, %d are left' "$name" "$least" "$((left > 0 ? left : 0))")
+  else
+    timeout --kill-after=3 $((limit < left ? limit : left)) "$@" >"$work/$name.log" 2>&1 </dev/null &
+    child=$!
+    for ((tick = 1; ; tick++)); do
+      [ -n "$(jobs -rp)" ] || break
+      sleep 0.2
+      ((tick % 10)) || save
+    done
+    wait "$child"
+    status=$?
+    end_part
+    child=""
+    last=$(grep -v '^[[:space:]]*$' "$work/$name.log" | tail -n 1 | cut -c1-300)
+    case $status in
+      0) ;;
+      124 | 137) verdict=STOPPED failed=1 ;;
+      *) verdict=FAIL failed=1 ;;
+    esac
+    line=$(printf '%-10s %-8s %4d s  %s' "$name" "$verdict" $((SECONDS - begin)) "$last")
+  fi
+  echo "$line" >>"$work/table.txt"
+  save
+  echo "$line"
+  [ "$verdict" = PASS ] || tail -n 20 "$work/$name.log"
+}
+
+# bench_kernels NAME SECONDS OPTION...: a part of the kernel benchmark, which begins no shape in its last third.
+bench_kernels() {
+  part "$1" "$2" "$python" run/bench_kernels.py "${@:3}" "${kernels[@]}" --budget $(($2 * 2 / 3)) \
+    --json "$work/$1.jsonl"
+}
+
+# bench_model NAME SECONDS PRESET OPTION...: a part of the model's benchmark.
+bench_model() {
+  part "$1" "$2" "$python" run/bench_model.py --preset "${@:3}" "${model[@]}" --json "$work/$1.jsonl"
+}
+
+# What the machine has
+if [ "$device" = cuda ] && compgen -G "gpu_bundle/wheels/*.whl" >/dev/null; then
+  part wheels 40 "$python" -m pip install -q --disable-pip-version-check --no-index --no-deps --no-compile \
+    --no-cache-dir --upgrade --target "$work/site" gpu_bundle/wheels/*.whl
 fi
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "gpu_checks.sh: $python finds no GPU (or no PyTorch) on this machine: nothing was checked" >&2
-  exit 2
-fi
-# Most of the tests' time goes into compiling kernels, which several processes share.
-workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n $(($(nproc) < 12 ? $(nproc) : 12))")
-part tests 150 "$python" -m pytest -q -m gpu -p no:cacheprovider $workers tests/kernels tests/model
-part kernels 175 "$python" run/bench_kernels.py --seconds 0.05 --write-table --json "$out/kernels.jsonl" --png "$out/kernels.png"
-part losses 70 "$python" run/bench_kernels.py --op model_step --preset base --batch 64 --steps 50 --json "$out/losses.jsonl"
-part speed 60 "$python" run/bench_model.py --json "$out/speed.jsonl"
-part compiled 55 "$python" run/bench_model.py --preset base --compile --json "$out/compiled.jsonl"
-cp kernels/attention_table.json "$out/"
-"$python" -m mug.run.benchmarks.markdown $(ls "$out"/*.jsonl 2>/dev/null) >"$out/benchmarks.md" || failed=1
+part machine 30 "$python" -m mug.run.benchmarks.versions
+# Whether it trains as people start it: ZeRO-3 by DeepSpeed's launcher, evaluation, asynchronous save; then resumes
+launch=("$python" -m deepspeed.launcher.runner --quiet --num_accelerators 1)
+part train 60 "${launch[@]}" "${train[@]}" --trainer.max_steps "${steps[0]}"
+part resume 45 "$python" "${train[@]}" --trainer.max_steps "${steps[1]}"
+# The kernels, an op a process, as a broken kernel takes all that its process does with it
+bench_kernels patches 30 --op masked_patch_loss "${losses[@]}"
+bench_kernels head 30 --op linear_cross_entropy "${losses[@]}"
+bench_kernels packed 30 --op attention --shapes packed "${attention[@]}"
+bench_kernels dense 60 --op attention --shapes '^((?!packed).)*$' "${attention[@]}"
+# Whole models, with the attention that was the fastest; then what ZeRO and torch.compile do to a step
+bench_model base 45 "${presets[0]}"
+bench_model large 45 "${presets[1]}"
+bench_model huge 45 "${presets[2]}"
+part zero1 45 "$python" run/bench_step.py --deepspeed ds_configs/zero1.json "${step[@]}"
+part zero3 45 "$python" run/bench_step.py --deepspeed ds_configs/zero3.json "${step[@]}"
+bench_model compiled 80 "${presets[0]}" --compile
+part markdown 20 "$python" -m mug.run.benchmarks.markdown "$work/benchmarks.md" "$work"/*.jsonl
+# The tests, with whatever time is left
+left=$((seconds - SECONDS))
+part tests $((left > 180 ? left : 180)) "$python" -m pytest -v -p no:cacheprovider "${tests[@]}"
 
 echo
-printf '%s\n' "${table[@]}"
+cat "$results/table.txt"
 exit $failed

@@ -1,7 +1,7 @@
-"""From JPEG to batch: this project's decoder beside PIL's, set up as open_clip sets it up.
+"""From JPEG to batch: this project's decoder against PIL's, set up as in open_clip.
 
 Each function returns rows, one dict a reader. Readers take turns, so that a machine whose speed drifts slows all
-alike: compare rates of one call only.
+alike: compare rates only within one call.
 """
 
 import io
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import webdataset
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -24,9 +23,10 @@ from torchvision.transforms import functional
 
 from mug.data import rng
 from mug.data.crops import CROP_DRAWS, Box, Crop, RandomCrop
-from mug.data.decode import Mode, decode_crop, fast_box
-from mug.data.loader import worker_settings
-from mug.run.training.errors import RunError
+from mug.data.decode import Mode, decode_crop, fast_boxes
+from mug.data.workers import worker_settings
+from mug.run.common.errors import RunError
+from mug.run.common.packages import load_package
 
 SIZE = 224
 DEBIAN = ("/usr/share/backgrounds/gnome", "/usr/share/wallpapers")  # gnome-backgrounds, plasma-workspace-wallpapers
@@ -35,12 +35,12 @@ PREFETCH = 2  # batches a worker
 
 
 def photographs(folder: Path | None, width: int, height: int) -> list[bytes]:
-    """The JPEG and WebP files of a folder (Debian's wallpapers) that are larger than this, cut to it, as JPEGs.
+    """Returns the JPEG and WebP files of a folder (Debian's wallpapers) that are larger than this, cut to it, as JPEGs.
 
     Saved as img2dataset does: quality 95, colour at half the resolution.
 
     Raises:
-        RunError: there is none.
+        RunError: there are none.
     """
     folders = [Path(name) for name in DEBIAN] if folder is None else [folder]
     paths = [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in (".jpg", ".webp")]
@@ -56,14 +56,14 @@ def photographs(folder: Path | None, width: int, height: int) -> list[bytes]:
             jpegs.append(buffer.getvalue())
     if not jpegs:
         raise RunError(
-            f"no photograph larger than {width}x{height} in {', '.join(map(str, folders))}: name a folder of JPEGs,"
+            f"no photograph larger than {width}x{height} in {', '.join(map(str, folders))}: give a folder of JPEGs,"
             " or install Debian's gnome-backgrounds and plasma-workspace-wallpapers"
         )
     return jpegs
 
 
 def one_thread(jpegs: list[bytes], scale: tuple[float, float], rounds: int) -> list[dict]:
-    """Images a second of one thread, and the mean absolute difference (of 255) from PIL on the same boxes.
+    """Returns images a second of one thread, and the mean absolute difference (of 255) from PIL on the same boxes.
 
     `ratio` is to open_clip's way, whose normalised floats are more than the uint8 of the others; `to uint8` to PIL's
     uint8. `error, drawn box` counts the mode "fast" moving the box to its grid too.
@@ -102,7 +102,7 @@ def _errors(jpegs: list[bytes], crops: list[RandomCrop], mode: Mode) -> dict[str
         view = decode_crop(data, SIZE, crop, mode).transpose(1, 2, 0).astype(int)
         image = _pil_open(data)
         drawn = crop.box(*image.size)
-        own = fast_box(drawn, image.size, SIZE)[1] if mode == "fast" else drawn
+        own = fast_boxes([drawn], image.size, SIZE)[1][0] if mode == "fast" else drawn
         own_box.append(np.abs(view - np.asarray(_pil_resize(image, own))).mean())
         drawn_box.append(np.abs(view - np.asarray(_pil_resize(image, drawn))).mean())
     return {"error": float(np.mean(own_box)), "error, drawn box": float(np.mean(drawn_box))}
@@ -128,12 +128,12 @@ def _normalise(image: Image.Image) -> torch.Tensor:
 
 
 def loaders(jpegs: list[bytes], folder: Path, scale: tuple[float, float], batches: int, workers: int) -> list[dict]:
-    """Images a second of whole loaders, from tar shards that are written to `folder` to batches of 32.
+    """Returns images a second of complete loaders, from tar shards that are written to `folder` to batches of 32.
 
     Each runs twice, in turns; the better is reported. `workers` processes, or threads where the name says so.
     """
     batch = 32
-    paths = [folder / f"{shard:05d}.tar" for shard in range(workers)]  # webdataset gives each worker whole shards
+    paths = [folder / f"{shard:05d}.tar" for shard in range(workers)]  # webdataset gives each worker entire shards
     for path in paths:
         _write_shard(path, [jpegs[i % len(jpegs)] for i in range(batch * batches // workers)])
     ours = {mode: Batches(tuple(paths), batch, scale, mode) for mode in ("exact", "fast")}
@@ -153,7 +153,7 @@ def loaders(jpegs: list[bytes], folder: Path, scale: tuple[float, float], batche
 
 
 def _rate(loader: Iterable, batch: int) -> float:
-    """Images a second from the first batch on: starting processes is not counted."""
+    """Returns images a second from the first batch on: starting processes is not counted."""
     batches = iter(loader)
     next(batches)
     start = time.perf_counter()
@@ -176,6 +176,7 @@ def _open_clip(paths: list[Path], batch: int, scale: tuple[float, float], worker
             transforms.Normalize(MEAN, STD),
         ]
     )
+    webdataset = load_package("webdataset", "bench")
     dataset = webdataset.DataPipeline(
         webdataset.SimpleShardList([str(path) for path in paths]),
         webdataset.split_by_worker,

@@ -1,19 +1,19 @@
-"""From shard to index: this project's scan beside Python's tarfile."""
+"""From shard to index: this project's scan against Python's tarfile."""
 
 import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mug.data.build import build_index
-from mug.data.writers import write_tar
+from mug.data.builders.writers import write_tar
+from mug.data.index.build import build_index
 
 IMAGE = bytes.fromhex("ffd8ffe0") + bytes(1996)  # the scan looks at no more than an image's header
 ROUNDS = 5
 
 
-def figures(folder: Path, samples: int = 20_000) -> list[dict]:
-    """Samples a second, and the ratio to tarfile; readers take turns, the best round of each counts.
+def metrics(folder: Path, samples: int = 20_000) -> list[dict]:
+    """Returns samples a second, and the ratio to tarfile; readers take turns, the best round of each counts.
 
     The shard of small samples, in `folder`, is in the page cache.
     """

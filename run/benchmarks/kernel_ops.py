@@ -1,9 +1,10 @@
-"""What the kernel benchmark times: each op's shapes, its contenders, and the least work that it has to do.
+"""What the kernel benchmark times: each op's shapes, its contenders, and its minimum work.
 
 Dimension letters: B batch, M masked patches, P values of a patch, N tokens (Nq queries, Nk keys), V vocabulary,
 H heads, D width of a token or of a head.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,51 +15,43 @@ from torch import Tensor
 
 from mug.kernels import attention, linear_cross_entropy, masked_patch_loss
 from mug.model.encoder import PIXEL_MEAN, PIXEL_STD
+from mug.model.objectives.mug import MUGConfig
+from mug.model.presets import resolve
+from mug.run.benchmarks.attention_shapes import Call, preset_calls, training_calls
 from mug.run.benchmarks.kernel_timing import Work, Workload
 
 OURS = {"masked_patch_loss": ("triton",), "linear_cross_entropy": ("triton", "chunked"), "attention": ("triton",)}
 IMAGE_SIDE, MASK_RATIO = 224, 0.75
 COMPILED = (50, 197)  # tokens at which attention is timed under torch.compile too, as each takes seconds to compile
-PAD = 0  # no target is: every row counts
+PAD = 0  # not a target: every row counts
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """dtype of floating inputs; B of the masked-patch loss; (N, V, D) of the head; (B, Nq, Nk, H, D, causal) dense
-    and packed, where sequences of Nq have 2 to Nq queries."""
+    """dtype of floating inputs; B of the masked-patch loss; (N, V, D) of the head; (B, call) of attention."""
 
     dtype: torch.dtype
     images: int
     head: tuple[int, int, int]
-    attention: tuple[tuple[int, int, int, int, int, bool], ...]
-    packed: tuple[tuple[int, int, int, int, int, bool], ...]
+    attention: tuple[tuple[int, Call], ...]
 
 
-HEADS = {32: 16, 64: 12, 80: 16, 88: 16}  # by head width: pixel decoder, ViT-B, ViT-H, ViT-g
+def _gpu_attention() -> tuple[tuple[int, Call], ...]:
+    """Returns the presets' calls, then a grid around them."""
+    heads = {32: 16, 64: 12, 80: 16, 88: 16}  # by head dimension: pixel decoder, ViT-B, ViT-H, ViT-g
+    grid = [(N, D) for N in (50, 64, 197, 257, 577) for D in heads]
+    others = [Call(N, N, heads[D], D, causal=False, packed=False) for N, D in grid]
+    calls = dict.fromkeys([*preset_calls(), *others])
+    return tuple((256 if call.keys < 577 else 64, call) for call in calls)  # the reference holds all scores in fp32
+
+
 SIZES = {
-    "cuda": Sizes(
-        torch.bfloat16,
-        images=256,
-        head=(16384, 30522, 768),
-        attention=(
-            *((256, N, N, H, D, False) for N in (50, 64, 197, 257) for D, H in HEADS.items()),
-            *((64, 577, 577, H, D, False) for D, H in HEADS.items()),  # the reference holds all scores in fp32
-            (256, 64, 64, 12, 64, True),
-            (256, 64, 50, 12, 64, False),
-        ),
-        packed=((256, 64, 64, 12, 64, True), (256, 64, 50, 12, 64, False), (256, 64, 65, 12, 64, False)),
-    ),
+    "cuda": Sizes(torch.bfloat16, images=256, head=(16384, 30522, 768), attention=_gpu_attention()),
     "cpu": Sizes(
         torch.float32,
         images=8,
         head=(512, 4096, 192),
-        attention=(
-            (4, 50, 50, 12, 64, False),
-            (4, 197, 197, 16, 32, False),
-            (4, 64, 64, 12, 64, True),
-            (4, 64, 50, 12, 64, False),
-        ),
-        packed=((4, 64, 64, 12, 64, True), (4, 64, 50, 12, 64, False)),
+        attention=tuple((4, call) for call in training_calls(resolve(MUGConfig("base")))),
     ),
 }
 
@@ -94,7 +87,7 @@ def _patch_loss(image: Tensor, prediction: Tensor, masked: Tensor, *, patch_size
 
 
 def every_patch_loss(image_BCHW: Tensor, prediction_BMP: Tensor, masked_BM: Tensor, *, patch_size: int) -> Tensor:
-    """The loss as it is first written down: normalise all pixels, cut all patches, normalise all, pick the masked."""
+    """Returns the naive loss: normalise all pixels, cut all patches, normalise all, pick the masked."""
     B, C, H, W = image_BCHW.shape
     mean, std = (torch.tensor(x, device=image_BCHW.device).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
     pixels = (image_BCHW.float() / 255 - mean) / std
@@ -107,12 +100,12 @@ def every_patch_loss(image_BCHW: Tensor, prediction_BMP: Tensor, masked_BM: Tens
 
 
 def patch_work(B: int, M: int, P: int, element_size: int) -> Work:
-    """Forward and backward: uint8 pixels, prediction and int64 index read once, the gradient written once."""
+    """Returns the work of both passes: uint8 pixels, prediction and int64 index read, the gradient written once."""
     return Work(B * M * (P * (1 + 2 * element_size) + 8), 0.0)
 
 
 def head_workloads(device: torch.device) -> Iterator[Workload]:
-    """The caption head, without padding."""
+    """Yields workloads of the caption head, without padding."""
     sizes = SIZES[device.type]
     N, V, D = sizes.head
     hidden = torch.randn(N, D, device=device, dtype=sizes.dtype, requires_grad=True)
@@ -155,59 +148,70 @@ def _cut_head(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def head_work(N: int, V: int, D: int, element_size: int) -> Work:
-    """Forward and backward: three products; hidden states and weight read, their gradients written."""
+    """Returns the work forward and backward: three products; hidden states and weight read, their gradients written."""
     return Work(2 * (N + V) * D * element_size + 8 * N, 6.0 * N * V * D)
 
 
 def attention_workloads(device: torch.device) -> Iterator[Workload]:
-    """Whatever backends `attention` has, at the lengths of encoder, pixel decoder and text decoder."""
-    dtype = SIZES[device.type].dtype
-    for B, Nq, Nk, H, D, causal in SIZES[device.type].attention:
-        q, k, v = (torch.randn(B, N, H, D, device=device, dtype=dtype, requires_grad=True) for N in (Nq, Nk, Nk))
-        contenders = _backends(causal=causal)
-        if D == 64 and Nq == Nk and Nq in COMPILED:
-            contenders = _with_compiled(contenders, device)
-        work = attention_work((B, Nq, Nk, H, D), causal, q.element_size())
-        kind = _kind(D, Nq, Nk, causal, varlen=False)
-        yield Workload("attention", _shape(B, Nq, Nk, H, D, causal), (q, k, v), contenders, work, kind)
-    for sizes in SIZES[device.type].packed:
-        yield _packed_workload(*sizes, device)
+    """Yields all backends of `attention`, at the calls of the model, laid out as projections make them."""
+    for B, call in SIZES[device.type].attention:
+        yield (_packed_workload if call.packed else _dense_workload)(B, call, device)
 
 
-def _packed_workload(B: int, Nq: int, Nk: int, H: int, D: int, causal: bool, device: torch.device) -> Workload:
-    """Captions of 2 to Nq tokens, to themselves where causal, else to images of Nk tokens each."""
+def _dense_workload(B: int, call: Call, device: torch.device) -> Workload:
+    N, _, H, D = call[:4]
+    qkv = _random(device, B, N, 3, H, D)
+    contenders = _backends(attention.attention_qkv, causal=call.causal)
+    if D == 64 and N in COMPILED:
+        contenders = _with_compiled(contenders, device)
+    work = attention_work((B, N, N, H, D), call.causal, qkv.element_size())
+    return Workload("attention", _shape(B, call), (qkv,), contenders, work, _kind(call))
+
+
+def _packed_workload(B: int, call: Call, device: torch.device) -> Workload:
+    """Returns a workload of captions of 2 to Nq tokens, to themselves or to images of Nk tokens each."""
+    Nq, Nk, H, D = call[:4]
     lengths = torch.randint(2, Nq + 1, (B,), device=device)
-    starts_q = F.pad(lengths.cumsum(0), (1, 0)).int()
-    starts_k = starts_q if causal else Nk * torch.arange(B + 1, device=device, dtype=torch.int32)
-    rows = [int(starts[-1]) for starts in (starts_q, starts_k, starts_k)]
-    dtype = SIZES[device.type].dtype
-    q, k, v = (torch.randn(n, H, D, device=device, dtype=dtype, requires_grad=True) for n in rows)
-    options = {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, "max_seqlen": max(Nq, Nk)}
-    pairs = float((lengths * (lengths if causal else Nk)).sum())
-    work = attention_work((1, rows[0], rows[1], H, D), causal, q.element_size(), pairs)
-    shape = f"{_shape(B, Nq, Nk, H, D, causal)} packed"
-    kind = _kind(D, Nq, Nk, causal, varlen=True)
-    return Workload("attention", shape, (q, k, v), _backends(causal=causal, **options), work, kind)
+    starts = F.pad(lengths.cumsum(0), (1, 0)).int()
+    rows = int(starts[-1])
+    if Nq == Nk:
+        inputs, keys, pairs = (_random(device, rows, 3, H, D),), rows, lengths.square().sum()
+        options = {"causal": call.causal, "cu_seqlens": starts, "max_seqlen": Nq}
+        contenders = _backends(attention.attention_qkv, **options)
+    else:
+        keys, pairs = B * Nk, Nk * rows
+        inputs = _random(device, rows, H, D), _random(device, keys, 2, H, D)
+        image_starts = Nk * torch.arange(B + 1, device=device, dtype=torch.int32)
+        options = {"cu_seqlens_q": starts, "cu_seqlens_k": image_starts, "max_seqlen_q": Nq, "max_seqlen_k": Nk}
+        contenders = _backends(attention.attention_kv, **options)
+    work = attention_work((1, rows, keys, H, D), call.causal, inputs[0].element_size(), float(pairs))
+    return Workload("attention", f"{_shape(B, call)} packed", inputs, contenders, work, _kind(call))
 
 
-def _backends(**options: object) -> dict[str, Callable]:
+def _random(device: torch.device, *shape: int) -> Tensor:
+    return torch.randn(shape, device=device, dtype=SIZES[device.type].dtype, requires_grad=True)
+
+
+def _backends(function: Callable, **options: object) -> dict[str, Callable]:
     names = [name for name in attention.BACKENDS if name != "auto"]
-    return {name: partial(attention.attention, backend=name, **options) for name in names}
+    return {name: partial(function, backend=name, **options) for name in names}
 
 
-def _shape(B: int, Nq: int, Nk: int, H: int, D: int, causal: bool) -> str:
-    length = f"N={Nq}" if Nq == Nk else f"N={Nq}->{Nk}"
-    return f"B={B} {length} H={H} D={D}{' causal' if causal else ''}"
+def _shape(B: int, call: Call) -> str:
+    length = f"N={call.queries}" if call.queries == call.keys else f"N={call.queries}->{call.keys}"
+    return f"B={B} {length} H={call.heads} D={call.head_dim}{' causal' if call.causal else ''}"
 
 
-def _kind(D: int, Nq: int, Nk: int, causal: bool, varlen: bool) -> dict[str, object]:
-    return {"head_dim": D, "tokens": max(Nq, Nk), "causal": causal, "varlen": varlen}
+def _kind(call: Call) -> dict[str, object]:
+    """Returns the fields of an attention_table.Key."""
+    names = {"head_dim": call.head_dim, "queries": call.queries, "keys": call.keys}
+    return {**names, "causal": call.causal, "varlen": call.packed}
 
 
 def attention_work(
     shape: tuple[int, int, int, int, int], causal: bool, element_size: int, pairs: float | None = None
 ) -> dict[str, Work]:
-    """By pass, for (B, Nq, Nk, H, D); causal attention counts as half. `pairs`: of query and key, B·Nq·Nk if None.
+    """Returns the work by pass, for (B, Nq, Nk, H, D); causal counts half. `pairs`: of query and key, or B·Nq·Nk.
 
     Forward: two products; reads q, k, v, writes the output. Backward: five, as it cannot keep the weights; reads q,
     k, v, output and its gradient, writes three gradients.
@@ -223,11 +227,16 @@ def attention_work(
 
 
 def _with_compiled(contenders: dict[str, Callable], device: torch.device) -> dict[str, Callable]:
-    """With the reference under torch.compile, on a GPU: a CPU has no compiler for sure."""
+    """Adds the reference under torch.compile on a GPU: a CPU may lack a compiler. Compiled at the call."""
     if device.type != "cuda":
         return contenders
-    torch._dynamo.reset()
-    return {**contenders, "torch.compile": torch.compile(contenders["reference"], dynamic=False)}
+
+    @functools.cache
+    def compiled() -> Callable:
+        torch._dynamo.reset()
+        return torch.compile(contenders["reference"], dynamic=False)
+
+    return {**contenders, "torch.compile": lambda *inputs: compiled()(*inputs)}
 
 
 OPS: dict[str, Callable[[torch.device], Iterator[Workload]]] = {

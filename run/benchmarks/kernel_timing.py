@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WARM_UPS, LEAST_RUNS, MOST_RUNS = 3, 5, 200
+WARM_UPS, MIN_RUNS, MAX_RUNS = 3, 5, 200
 COLD_BYTES = {"cpu": 2**26, "cuda": 2**29}  # beyond any cache: written before every run
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**31}
 MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}
@@ -21,7 +21,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # of ‖x - exact‖ / 
 
 @dataclass(frozen=True)
 class Work:
-    """The least that a pass has to do: bytes to move through memory, useful floating-point operations."""
+    """The minimum work of a pass: bytes to move through memory, useful floating-point operations."""
 
     bytes: float
     flops: float
@@ -29,10 +29,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Workload:
-    """One op at one shape, and who computes it.
+    """One op at one shape, and its contenders.
 
     `contenders` map `inputs` to one output, and "reference", plain PyTorch, is among them; gradients are wanted for
-    the inputs that require one. `work` holds the passes whose least work can be told: where forward writes the
+    the inputs that require one. `work` holds the passes whose minimum work is known: where forward writes the
     gradients, only "both".
     """
 
@@ -46,13 +46,13 @@ class Workload:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine reached on a large copy (bytes/s, read and written) and a large product (FLOP/s)."""
+    """The ceilings measured on a large copy (bytes/s, read and written) and a large product (FLOP/s)."""
 
     copy: float
     matmul: float
 
     def share(self, work: Work, seconds: float) -> float:
-        """Part of the roofline: the time that the slower of memory and arithmetic needs at least, over `seconds`."""
+        """Returns the share of the roofline: the min time of the slower of memory and arithmetic, over `seconds`."""
         return max(work.bytes / self.copy, work.flops / self.matmul) / seconds
 
 
@@ -74,13 +74,13 @@ class Stopwatch:
         self.cold = torch.empty(COLD_BYTES[device.type], dtype=torch.uint8, device=device)
 
     def time(self, timed: Callable[[Any], object], prepare: Callable[[], Any] = lambda: None) -> Timing:
-        """Timing of `timed(prepare())`, of which `prepare` does not count."""
+        """Returns the timing of `timed(prepare())`, without `prepare`."""
         run = self._run_on_gpu if self.device.type == "cuda" else self._run_on_cpu
         for _ in range(WARM_UPS):
             begin = time.perf_counter()
             run(timed, prepare)
         cost = time.perf_counter() - begin
-        runs = min(max(LEAST_RUNS, int(self.seconds / cost)), MOST_RUNS)
+        runs = min(max(MIN_RUNS, int(self.seconds / cost)), MAX_RUNS)
         seconds = [run(timed, prepare) for _ in range(runs)]
         p20, *_, p80 = statistics.quantiles(seconds, n=5, method="inclusive")
         return Timing(statistics.median(seconds), p20, p80, runs)
@@ -105,7 +105,7 @@ class Stopwatch:
 
 
 def measure_ceilings(stopwatch: Stopwatch, dtype: torch.dtype) -> Ceilings:
-    """A large copy, and a large product of random matrices in `dtype`."""
+    """Measure a large copy, and a large product of random matrices in `dtype`."""
     kind = stopwatch.device.type
     source = torch.randint(0, 256, (COPY_BYTES[kind],), dtype=torch.uint8, device=stopwatch.device)
     target = torch.empty_like(source)
@@ -117,7 +117,7 @@ def measure_ceilings(stopwatch: Stopwatch, dtype: torch.dtype) -> Ceilings:
 
 
 def machine_row(device: torch.device, dtype: torch.dtype, ceilings: Ceilings) -> dict[str, object]:
-    """What the figures were measured on, as the first row of a record."""
+    """Returns what the metrics were measured on, as the first row of a record."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -136,7 +136,7 @@ def machine_row(device: torch.device, dtype: torch.dtype, ceilings: Ceilings) ->
 
 
 def time_passes(workload: Workload, contender: str, stopwatch: Stopwatch) -> dict[str, Timing]:
-    """Timing of forward (which keeps what backward needs), backward alone, and both."""
+    """Yields the timing of forward (which keeps what backward needs), of only backward, and of both."""
     function, wanted = workload.contenders[contender], _wanted(workload.inputs)
     grad_output = _grad_output(function(*workload.inputs))
 
@@ -154,13 +154,13 @@ def time_passes(workload: Workload, contender: str, stopwatch: Stopwatch) -> dic
 
 
 def results(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Output and wanted gradients, for the grad_output that timings use too."""
+    """Returns output and wanted gradients, for the grad_output that timings use too."""
     output = function(*inputs)
     return [output.detach(), *torch.autograd.grad(output, _wanted(inputs), _grad_output(output))]
 
 
 def exact_results(workload: Workload) -> list[Tensor]:
-    """What the reference computes in fp32."""
+    """Returns what the reference computes in fp32."""
     inputs = tuple(
         x.detach().float().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in workload.inputs
     )
@@ -168,7 +168,7 @@ def exact_results(workload: Workload) -> list[Tensor]:
 
 
 def relative_error(got: list[Tensor], exact: list[Tensor]) -> float:
-    """The largest ‖x - exact‖ / ‖exact‖ of output and gradients; NaN if there is one."""
+    """Returns the largest ‖x - exact‖ / ‖exact‖ of output and gradients; NaN if there is one."""
     errors = [(x.float() - y).norm() / y.norm() for x, y in zip(got, exact, strict=True)]
     return torch.stack(errors).max().item()
 
@@ -178,8 +178,18 @@ def is_right(error: float, workload: Workload) -> bool:
     return error <= TOLERANCE[_wanted(workload.inputs)[0].dtype]
 
 
+def is_lost(device: torch.device) -> bool:
+    """Whether the GPU is lost to this process: after an illegal access, every call fails."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 def peak_memory(workload: Workload, contender: str) -> float | None:
-    """Bytes that forward and backward take beyond the inputs; None on CPU, where nobody counts them."""
+    """Returns the bytes that forward and backward take beyond the inputs; None on CPU, where they are not counted."""
     if workload.inputs[0].device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats()

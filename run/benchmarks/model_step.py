@@ -1,15 +1,14 @@
 """Training steps of MUG with its fused losses, and with the losses as they are first written down.
 
-Each side runs alone in a fresh process, which yields its peak memory and its loss curve; one more process lets all
-take turns on one model, which yields times that a machine of drifting speed slows alike.
+Each side runs alone, which yields its peak memory and its loss curve; then all take turns on one model, which yields
+times that a machine of drifting speed slows alike. On a CPU each of these runs is a fresh process, as the peak memory
+of a process cannot be taken back; on a GPU one process does them all.
 
     python -m mug.run.benchmarks.model_step '{"paths": ["fused"], "preset": "tiny", ...}'   # one such process
 """
 
 import json
-import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mug.model.mug import MUG, Batch
-from mug.model.presets import ModelConfig, resolve
-from mug.model.recompute import recompute
+from mug.model.activation_checkpointing import activation_checkpointing
+from mug.model.objectives.mug import MUG, MUGConfig
+from mug.model.objectives.objective import Batch, Context
+from mug.model.presets import resolve
+from mug.run.benchmarks.fresh_process import in_a_process, peak_mb
 from mug.run.benchmarks.kernel_ops import every_patch_loss
 from mug.run.benchmarks.synthetic import VOCABULARY, WEIGHTS, synthetic_batch
-from mug.run.training.errors import RunError
 
 LEARNING_RATE = 1e-4
 WARM_UPS = 1  # turns that are not timed
@@ -36,9 +36,9 @@ def fused_losses(model: MUG, batch: Batch) -> dict[str, Tensor]:
 
 
 def naive_losses(model: MUG, batch: Batch) -> dict[str, Tensor]:
-    """The target of every patch and the logits of every token, padding included."""
+    """MUG with the target of every patch and the logits of every token, padding included."""
     image, tokens, position = batch["image"], batch["tokens"], batch["position"]
-    visible_BK, masked_BM = model.forward_mask(position)
+    visible_BK, masked_BM = model.mask(position)
     encoded_BLD = model.encoder(image, visible_BK)
     prediction_BMP = model.pixel_decoder(encoded_BLD, visible_BK, masked_BM)
     pixels = every_patch_loss(image, prediction_BMP, masked_BM, patch_size=model.config.patch_size)
@@ -51,18 +51,22 @@ def naive_losses(model: MUG, batch: Batch) -> dict[str, Tensor]:
 
 # The losses of each side, and what its backward computes again.
 PATHS: dict[str, tuple[Callable[[MUG, Batch], dict[str, Tensor]], str]] = {
-    "naive": (naive_losses, "nothing"),
-    "fused": (fused_losses, "nothing"),
-    "recompute": (fused_losses, "elementwise"),
+    "naive": (naive_losses, "none"),
+    "fused": (fused_losses, "none"),
+    "activation_checkpointing": (fused_losses, "elementwise"),
 }
-NAMES = {"naive": "naive", "fused": "fused", "recompute": "fused, with trainer.recompute elementwise"}
+NAMES = {
+    "naive": "naive",
+    "fused": "fused",
+    "activation_checkpointing": "fused, with trainer.activation_checkpointing elementwise",
+}
 
 
 def compare_steps(preset: str, batch: int, steps: int, device: str) -> dict[str, Any]:
-    """Peak memory, time and loss curves of all sides, as one row of figures; those of the naive one are the measure."""
+    """Returns peak memory, time and loss curves of all sides, as one row of metrics; the naive side is the baseline."""
     options = {"preset": preset, "batch": batch, "steps": steps, "device": device}
-    alone = {path: _in_a_process({"paths": [path], **options}) for path in PATHS}
-    turns = _in_a_process({"paths": list(PATHS), **options})
+    alone = {path: _run([path], options) for path in PATHS}
+    turns = _run(list(PATHS), options)
     row = {"kind": "model_step", **options, "device": alone["fused"]["device"], "torch": torch.__version__}
     for path in PATHS:
         row[f"{path}_peak_mb"] = alone[path]["peak_mb"]
@@ -82,7 +86,7 @@ def compare_steps(preset: str, batch: int, steps: int, device: str) -> dict[str,
 
 
 def describe(row: dict[str, Any]) -> Iterator[str]:
-    """The row in words."""
+    """Yields the row in words."""
     yield f"model_step: {row['preset']}, batch {row['batch']}, {row['device']}, PyTorch {row['torch']}"
     for path in PATHS:
         peak, before = row[f"{path}_peak_mb"], row[f"{path}_before_mb"]
@@ -96,36 +100,36 @@ def describe(row: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _in_a_process(options: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-m", __name__, json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = next(reversed(done.stderr.splitlines()), "killed, perhaps for want of memory")
-        raise RunError(f"the process of {' and '.join(options['paths'])} ended with {done.returncode}: {last}")
-    return json.loads(done.stdout.splitlines()[-1])
+def _run(paths: list[str], options: dict[str, Any]) -> dict[str, Any]:
+    if options["device"] == "cpu":
+        return in_a_process(__name__, " and ".join(paths), paths=paths, **options)
+    return run_steps(paths=paths, **options)
 
 
 def run_steps(paths: list[str], preset: str, batch: int, steps: int, device: str) -> dict[str, Any]:
-    """Steps of the paths in turn, on one model; each turn has a batch of its own."""
-    config = resolve(ModelConfig(preset))
+    """Run steps of the paths in turn, on one model; each turn has a batch of its own."""
+    config = resolve(MUGConfig(preset))
     torch.manual_seed(0)
-    model = MUG(config, VOCABULARY).to(device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with torch.device(device):
+        model = MUG(config, Context(vocabulary=VOCABULARY))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     seconds: dict[str, list[float]] = {path: [] for path in paths}
     losses: dict[str, list[dict[str, float]]] = {path: [] for path in paths}
-    before = _peak_mb(device)
+    before = peak_mb(device)
     for turn in range(WARM_UPS + steps):
         samples = {name: x.to(device) for name, x in synthetic_batch(config, VOCABULARY, batch, seed=turn).items()}
         for path in paths:
             begin = time.perf_counter()
             losses_of, again = PATHS[path]
-            recompute(model, again)
-            figures = _step(losses_of, model, optimizer, samples)
-            losses[path].append({term: loss.item() for term, loss in figures.items()})  # waits for a GPU
+            activation_checkpointing(model, again)
+            metrics = _step(losses_of, model, optimizer, samples)
+            losses[path].append({term: loss.item() for term, loss in metrics.items()})  # waits for a GPU
             if turn >= WARM_UPS:
                 seconds[path].append(time.perf_counter() - begin)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-    return {"before_mb": before, "peak_mb": _peak_mb(device), "seconds": seconds, "losses": losses, "device": name}
+    return {"before_mb": before, "peak_mb": peak_mb(device), "seconds": seconds, "losses": losses, "device": name}
 
 
 def _step(losses_of: Callable, model: MUG, optimizer: torch.optim.Optimizer, batch: Batch) -> dict[str, Tensor]:
@@ -136,13 +140,6 @@ def _step(losses_of: Callable, model: MUG, optimizer: torch.optim.Optimizer, bat
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {term: loss.detach() for term, loss in losses.items()}
-
-
-def _peak_mb(device: str) -> float:
-    """Most memory that the process has used so far: of the GPU, or resident in the machine's."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 if __name__ == "__main__":

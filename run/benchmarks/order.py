@@ -1,4 +1,4 @@
-"""What planning the order of samples costs at scale, and how well it mixes the shards."""
+"""Measures the cost of planning the order of samples at scale, and how well it mixes the shards."""
 
 import time
 import tracemalloc
@@ -17,15 +17,15 @@ def shard_counts(samples: int, shards: int) -> np.ndarray:
     return np.random.default_rng(0).multinomial(samples, np.full(shards, 1 / shards))
 
 
-def figures(samples: int, shards: int) -> Iterator[tuple[str, str]]:
-    """Name and value of each figure."""
+def metrics(samples: int, shards: int) -> Iterator[tuple[str, str]]:
+    """Yields name and value of each metric."""
     counts_S = shard_counts(samples, shards)
     order = Order(counts_S, seed=0)
     yield "samples, shards", f"{order.total:,}, {shards:,}"
     yield "lanes, samples a window", f"{order.lanes:,}, {order.window:,}"
     yield "dropped an epoch", f"{order.total - len(order):,}"
     yield f"plan and seek, median of {SEEKS}", f"{np.median(seek_times(counts_S)) * 1e3:.1f} ms"
-    yield "plan and seek, most memory", f"{seek_memory(counts_S) / 2**20:.1f} MiB"
+    yield "plan and seek, peak memory", f"{seek_memory(counts_S) / 2**20:.1f} MiB"
     yield "order", f"{time_per_sample(order) * 1e6:.2f} us a sample"
     yield f"same-shard pairs in a batch of {BATCH:,}", f"{same_shard_pairs(order):.2f} x a uniform shuffle's"
     for ranks in (8, 64, 512):
@@ -33,7 +33,7 @@ def figures(samples: int, shards: int) -> Iterator[tuple[str, str]]:
 
 
 def seek(counts_S: np.ndarray, seed: int, position: int) -> None:
-    """From the shards' counts alone to the samples of the batch at `position`."""
+    """Compute the samples of the batch at `position` from the shards' counts only."""
     Order(counts_S, seed).locate(np.arange(position, position + BATCH))
 
 
@@ -42,7 +42,7 @@ def _positions(samples: int, count: int) -> list[int]:
 
 
 def seek_times(counts_S: np.ndarray) -> list[float]:
-    """Seconds of SEEKS seeks, each from nothing."""
+    """Returns the seconds of SEEKS seeks, each from scratch."""
     times = []
     for seed, position in enumerate(_positions(int(counts_S.sum()), SEEKS)):
         begin = time.perf_counter()
@@ -52,7 +52,7 @@ def seek_times(counts_S: np.ndarray) -> list[float]:
 
 
 def seek_memory(counts_S: np.ndarray) -> int:
-    """Most bytes that a seek holds at once, beside the counts."""
+    """Returns the peak bytes of a seek, in addition to the counts."""
     tracemalloc.start()
     seek(counts_S, SEEKS, _positions(int(counts_S.sum()), 1)[0])
     peak = tracemalloc.get_traced_memory()[1]
@@ -61,7 +61,7 @@ def seek_memory(counts_S: np.ndarray) -> int:
 
 
 def time_per_sample(order: Order) -> float:
-    """Seconds, over 50 batches of one epoch."""
+    """Returns the seconds a sample, over 50 batches of one epoch."""
     order.locate(np.arange(BATCH))
     begin = time.perf_counter()
     for batch in range(50):
@@ -70,7 +70,7 @@ def time_per_sample(order: Order) -> float:
 
 
 def same_shard_pairs(order: Order) -> float:
-    """Pairs of samples from one shard in a global batch, over what a uniform shuffle is expected to have."""
+    """Returns the pairs of samples from one shard in a global batch, relative to those of a uniform shuffle."""
     found, trials = 0, 50
     for start in np.random.default_rng(2).integers(0, len(order) // BATCH, trials) * BATCH:
         counts = np.unique(order.locate(np.arange(start, start + BATCH))[1], return_counts=True)[1]
@@ -80,5 +80,5 @@ def same_shard_pairs(order: Order) -> float:
 
 
 def shards_of_a_rank(order: Order, ranks: int) -> int:
-    """Different shards that rank 0 reads from in 100 batches: what a cache must hold."""
+    """Returns the number of different shards that rank 0 reads from in 100 batches: what a cache must hold."""
     return len(np.unique(order.locate(np.arange(0, 100 * BATCH, ranks))[1]))

@@ -2,15 +2,16 @@
 
 import torch
 
-from mug.model.mug import Batch
-from mug.model.presets import ModelConfig, Vocabulary
+from mug.model.objectives.mug import MUGConfig
+from mug.model.objectives.objective import Batch, Objective
+from mug.model.presets import Vocabulary
 
 VOCABULARY = Vocabulary(30522, pad=0, bos=1, eos=2, mask=3)  # as large as BERT's
 WEIGHTS = {"pixels": 1.0, "caption": 0.1}
 
 
-def synthetic_batch(config: ModelConfig, vocabulary: Vocabulary, size: int, seed: int = 0) -> Batch:
-    """Random pixels, and captions that fill half of the text and one token more."""
+def synthetic_batch(config: MUGConfig, vocabulary: Vocabulary, size: int, seed: int = 0) -> Batch:
+    """Returns random pixels, and captions that fill half of the text and one token more."""
     generator = torch.Generator().manual_seed(seed)
     side, length = config.image_size, config.text_length
     tokens = torch.randint(4, vocabulary.size, (size, length), generator=generator)
@@ -19,3 +20,19 @@ def synthetic_batch(config: ModelConfig, vocabulary: Vocabulary, size: int, seed
     tokens[:, length // 2 + 1 :] = vocabulary.pad
     image = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
     return {"image": image, "tokens": tokens, "position": torch.arange(size) + seed * size}
+
+
+def full_batch(objective: Objective, size: int, seed: int = 0) -> Batch:
+    """Returns random pixels, in the views that the objective asks for, and captions that fill its text, if it reads
+    any."""
+    generator = torch.Generator().manual_seed(seed)
+    config, vocabulary = objective.config, objective.context.vocabulary
+    views = len(objective.views(config))
+    shape = (size, *[views] * bool(views), 3, config.image_size, config.image_size)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    batch = {"views" if views else "image": pixels, "position": torch.arange(size) + seed * size}
+    if vocabulary is not None and objective.reads_captions:
+        tokens = torch.randint(4, vocabulary.size, (size, config.text_length), generator=generator)
+        tokens[:, 0], tokens[:, -1] = vocabulary.bos, vocabulary.eos
+        batch["tokens"] = tokens
+    return batch

@@ -1,4 +1,4 @@
-"""Training steps of the whole model on one device: images per second, MFU, and where the time goes.
+"""Training steps of the full model on one device: images per second, MFU, and where the time goes.
 
 The step is what the trainer's engine does on one GPU without DeepSpeed: bf16 weights and activations, AdamW and
 clipping on fp32 copies (on a CPU: fp32 throughout). The batch is synthetic and stays on the device, so that nothing
@@ -13,25 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mug.model.flops import flops_per_sample
-from mug.model.mug import MUG, Batch
-from mug.model.presets import ModelConfig, resolve
-from mug.model.recompute import recompute
+from mug.model.activation_checkpointing import activation_checkpointing
+from mug.model.compiled import compile_blocks
+from mug.model.objectives.mug import MUG, MUGConfig
+from mug.model.objectives.objective import Batch, Context
+from mug.model.presets import resolve
 from mug.run.benchmarks.kernel_timing import Ceilings
 from mug.run.benchmarks.synthetic import VOCABULARY, WEIGHTS, synthetic_batch
 
 WARM_UPS, PROFILED_STEPS = 3, 2
 CLIPPING = 1.0
-# Kernels by parts of their names, on a GPU and on a CPU; the first group that fits counts.
+# Triton kernels of this project, by full names: "backward_kernel" is part of PyTorch's indexing_backward_kernel, too.
+OURS = dict.fromkeys(("forward_kernel", "backward_kernel", "dq_kernel", "dkdv_kernel"), "attention")
+OURS |= dict.fromkeys(("_loss_kernel", "_scale_kernel"), "losses")
+# All others by parts of their names, on a GPU and on a CPU; the first group that fits counts.
 GROUPS = {
-    "attention": ("attention", "flash", "fmha", "forward_kernel", "backward_kernel", "dq_kernel", "dkdv_kernel"),
+    # cuDNN's and FlashAttention's backward begin and end with small kernels of their own.
+    "attention": ("attention", "flash", "fmha", "sdpa", "convert_dq", "dot_do_o"),
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "matmul", "addmm", "::mm", "::bmm"),
-    "losses": ("_loss_kernel", "_scale_kernel", "masked_patch_loss", "linear_cross_entropy", "log_softmax", "nll_loss"),
+    "losses": ("masked_patch_loss", "linear_cross_entropy", "log_softmax", "nll_loss"),
     "norms": ("layer_norm", "LayerNorm", "GammaBeta"),
     "optimizer": ("multi_tensor", "adam", "foreach", "lpnorm"),
     "activations": ("gelu", "Gelu"),
     "copies": ("copy", "Memcpy", "Memset", "CatArray", "::cat"),
-    "gathers": ("index", "gather", "scatter", "sort", "embedding"),
+    "gathers": ("index", "gather", "scatter", "sort", "Sort", "embedding"),
     "sums": ("reduce", "::sum", "sum_functor"),
     "element-wise": ("elementwise", "triton_", "::add", "::mul", "::div"),
 }
@@ -69,29 +74,29 @@ class Blocks:
     """How the model's blocks run: each under torch.compile, and what their backward computes again."""
 
     compiled: bool
-    recompute: str
+    activation_checkpointing: str
 
 
 def measure_preset(
     preset: str, batch: int, steps: int, device: torch.device, blocks: Blocks, ceilings: Ceilings
 ) -> dict[str, Any]:
-    """Figures of one preset: speed, share of the matrix-product ceiling, memory, and shares of a step's time."""
-    config = resolve(ModelConfig(preset))
+    """Returns metrics of a preset: speed, share of the matrix-product ceiling, memory, and shares of a step's time."""
+    config = resolve(MUGConfig(preset))
     torch.manual_seed(0)
+    if device.type == "cuda":  # or the peak would be that of a preset before this one, or of the ceilings
+        torch.cuda.reset_peak_memory_stats(device)
     with device:  # a billion weights are drawn in no time on a GPU
-        model = MUG(config, VOCABULARY)
+        model = MUG(config, Context(vocabulary=VOCABULARY))
     model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
-    recompute(model, blocks.recompute)
+    activation_checkpointing(model, blocks.activation_checkpointing)
     if blocks.compiled:
-        for block in (m for m in model.modules() if isinstance(m, tuple(model.zero3_leaves))):
-            block.compile()
+        compile_blocks(model)
     optimizer = MixedAdamW(model.parameters())
-    samples = {name: x.to(device) for name, x in synthetic_batch(config, VOCABULARY, batch).items()}
+    samples = {name: x.to(device) for name, x in model.prepare(synthetic_batch(config, VOCABULARY, batch)).items()}
     for _ in range(WARM_UPS):
         train_step(model, optimizer, samples)
     seconds, losses = _timed(model, optimizer, samples, steps)
-    tokens = (samples["tokens"] != VOCABULARY.pad).float().sum(1).mean().item()
-    flops = sum(flops_per_sample(config, VOCABULARY.size, tokens).values())
+    flops = model.flops(samples) / batch
     return {
         "kind": "throughput",
         "preset": preset,
@@ -108,7 +113,7 @@ def measure_preset(
 
 
 def _timed(model: MUG, optimizer: MixedAdamW, samples: Batch, steps: int) -> tuple[float, dict[str, float]]:
-    """(seconds of a step, losses of the last one)."""
+    """Returns (seconds of a step, losses of the last one)."""
     _wait(samples)
     begin = time.perf_counter()
     for _ in range(steps):
@@ -123,7 +128,7 @@ def _wait(samples: Batch) -> None:
 
 
 def profile(model: MUG, optimizer: MixedAdamW, samples: Batch, seconds: float) -> dict[str, float]:
-    """Share of a step's `seconds` that each group of kernels takes; "idle": what none does (the host is behind)."""
+    """Returns the share of a step's `seconds` of each group of kernels; "idle": of none (the host is behind)."""
     activity = torch.profiler.ProfilerActivity
     on_gpu = samples["image"].is_cuda
     with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as profiler:
@@ -138,6 +143,8 @@ def profile(model: MUG, optimizer: MixedAdamW, samples: Batch, seconds: float) -
 
 
 def group_of(kernel: str) -> str:
+    if kernel in OURS:
+        return OURS[kernel]
     for group, parts in GROUPS.items():
         if any(part in kernel for part in parts):
             return group
@@ -145,11 +152,13 @@ def group_of(kernel: str) -> str:
 
 
 def describe(row: dict[str, Any]) -> str:
-    """The row in one line, groups of less than 1% left out."""
+    """Returns the row in one line, groups of less than 1% left out."""
     parts = sorted(row["profile"].items(), key=lambda item: -item[1])
     shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in parts if share >= 0.01)
     memory = "" if row["peak_gb"] is None else f", {row['peak_gb']:.1f} GB"
-    how = " compiled" * row["compiled"] + f", {row['recompute']} recomputed" * (row["recompute"] != "nothing")
+    how = " compiled" * row["compiled"] + f", {row['activation_checkpointing']} recomputed" * (
+        row["activation_checkpointing"] != "none"
+    )
     return (
         f"{row['preset']}{how}, batch {row['batch']}: {row['step_ms']:.1f} ms,"
         f" {row['images_per_s']:.0f} images/s, MFU {100 * row['mfu']:.1f}%{memory}; {shares}"
