@@ -1,0 +1,131 @@
+"""Runs commands side by side; each that is finished is recorded, and not run again."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mug.run.common.console import Console
+from mug.run.common.errors import RunError
+from mug.run.common.output import write_whole
+
+RUN = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command of run/.
+
+    produces: file or folder, removed before the command runs anew.
+    resumes: the command itself resumes in what it has produced.
+    """
+
+    name: str
+    command: list[str]
+    produces: Path
+    resumes: bool = False
+
+    def file(self, folder: Path, kind: str, end: str) -> Path:
+        return folder / kind / f"{self.name.replace('/', '_')}.{end}"
+
+
+def flags(values: dict[str, Any]) -> list[str]:
+    """Returns the options that set values by their names; a list or text in the way that the parser reads it."""
+    return [text for name, value in values.items() for text in (f"--{name}", _text(value))]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def parallelism() -> int:
+    """Returns how many jobs to run at a time."""
+    return 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+
+
+def run_side_by_side(chains: Iterable[list[Job]], folder: Path, console: Console) -> None:
+    """Run chains of jobs, as many at once as there are cores; on a GPU, one after the other.
+
+    Raises:
+        RunError: a job failed; running chains end after their current job.
+    """
+    stop = threading.Event()
+
+    def run_chain(chain: list[Job]) -> None:
+        try:
+            for job in chain:
+                if not stop.is_set():
+                    run_job(job, folder, console)
+        except BaseException:  # a full disk, too
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(parallelism()) as pool:
+        for done in as_completed([pool.submit(run_chain, chain) for chain in chains]):
+            done.result()
+
+
+def run_job(job: Job, folder: Path, console: Console) -> None:
+    """Run a job to its end, unless its record says that this command has finished.
+
+    Raises:
+        RunError: it failed; names its log.
+    """
+    record, log = job.file(folder, "done", "json"), job.file(folder, "logs", "log")
+    before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    same = before.get("command") == job.command
+    if same and "ended" in before:
+        return
+    if not (same and job.resumes):
+        remove(job.produces)
+    for path in (record, log, job.produces):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    facts: dict[str, Any] = {"command": job.command, "began": time.time()}
+    write_whole(record, json.dumps(facts))
+    status, cpu_seconds = call([sys.executable, str(RUN / job.command[0]), *job.command[1:]], log)
+    if status:
+        last = (log.read_text(encoding="utf-8").splitlines() or ["no output"])[-1]
+        raise RunError(f"{job.name} ended with status {status}: {last} (full log: {log})")
+    facts |= {"ended": time.time(), "cpu_seconds": cpu_seconds}
+    write_whole(record, json.dumps(facts))
+    console.info(f"{job.name}, {facts['ended'] - facts['began']:.0f} s")
+
+
+def call(command: list[str], log: Path) -> tuple[int, float]:
+    """Run a command, its output into `log`; returns its exit status and CPU seconds, of its own children too."""
+    threads = {"OMP_NUM_THREADS": "1"} if parallelism() > 1 else {}
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | threads)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)  # it is waited for: Popen need not
+    return process.returncode, usage.ru_utime + usage.ru_stime
+
+
+def finished(folder: Path) -> list[dict[str, Any]]:
+    """Returns the records of all jobs that have finished."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "done").glob("*.json"))]
+    return [record for record in found if "ended" in record]
+
+
+def time_taken(jobs: list[dict[str, Any]]) -> float:
+    """Returns the seconds in which at least one job ran: pauses do not count, and parallel jobs count once."""
+    seconds, until = 0.0, 0.0
+    for job in sorted(jobs, key=lambda job: job["began"]):
+        seconds += max(0.0, job["ended"] - max(job["began"], until))
+        until = max(until, job["ended"])
+    return seconds
+
+
+def remove(path: Path) -> None:
+    """Remove what an interrupted job has left: a file, or a folder."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
