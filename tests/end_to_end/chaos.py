@@ -28,8 +28,8 @@ import yaml
 from hosts import INTERFACE, cluster, lacking
 from launch import BIN, PYTHON, ROOT, TOY, deepspeed, environment, losses, pretrain, rows, torchrun
 
+from mug.data.builders.openmoji import ensure_openmoji
 from mug.data.config import DataConfig
-from mug.data.openmoji import ensure_openmoji
 
 BATCH, EVERY = 8, 3
 PATIENCE = 600  # seconds in which a life must come to its end, or to the place where it is disturbed
@@ -194,9 +194,9 @@ class Soak:
         if not (begun := re.search(r"^(?:host\d: )?batch \d+ = ", life.text(), re.M)):
             return False
         if self.expected is None:
-            assert "going on after step" not in life.text()
+            assert "resuming after step" not in life.text()
             return True
-        if not (went_on := re.search(r"going on after step (\d+) from \S+checkpoint-(\d+)$", life.text(), re.M)):
+        if not (went_on := re.search(r"resuming after step (\d+) from \S+checkpoint-(\d+)$", life.text(), re.M)):
             return False
         assert begun and went_on[1] == went_on[2] == str(self.expected), life.text()
         return True
@@ -445,7 +445,7 @@ def soak(folder: Path, number: int, seed: int, say: Callable[[str], None] = prin
     """Put one run through `number` faults in `folder`, and compare it with one that had none; returns their counts."""
     run = Soak(folder, random.Random(seed), steps=5 * number + 16)
     shutil.copytree(ensure_openmoji(DataConfig().cache_folder()), run.shards)
-    recipe = yaml.safe_load((ROOT / "run/recipes/openmoji_tiny.yaml").read_text())
+    recipe = yaml.safe_load((ROOT / "run/recipes/mug/openmoji_tiny.yaml").read_text())
     recipe["data"]["shards"] = f"{run.shards}/train-*.tar"  # here, because ssh would expand it on a command line
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with small_disk(folder / "disk") as to_fill, contextlib.closing(run):

@@ -143,7 +143,7 @@ def _namespaces(stack: contextlib.ExitStack, command: list[str], log: object = s
     stack.callback(outer.kill)
     children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
     deadline = time.monotonic() + 10
-    while not (found := children.read_text().split()):
+    while not (found := children.read_text(encoding="utf-8").split()):
         if outer.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"namespaces for {command} could not be made")
         time.sleep(0.01)

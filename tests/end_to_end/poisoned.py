@@ -10,7 +10,7 @@ import sys
 
 from torch import Tensor
 
-from mug.model.mug import MUG
+from mug.model.objectives.mug import MUG
 
 position, _, value = os.environ["POISON"].partition(":")
 forward = MUG.forward
@@ -26,5 +26,5 @@ def poisoned(self: MUG, batch: dict[str, Tensor]):
 if __name__ == "__main__":
     MUG.forward = poisoned
     launched = sys.argv[1:]  # DeepSpeed's launcher puts an option of its own before the script
-    sys.argv = sorted(launched, key=lambda argument: not argument.startswith("run/"))
+    sys.argv = sorted(launched, key=lambda argument: not (argument.startswith("run/") and argument.endswith(".py")))
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -4,7 +4,7 @@ import runpy
 import sys
 import time
 
-from mug.data.pairs import Pairs
+from mug.data.kinds.pairs import Pairs
 
 read = Pairs.batch
 

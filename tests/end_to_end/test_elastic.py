@@ -64,7 +64,7 @@ def test_4_to_2_to_3_to_1_ranks(tmp_path, witnessed, undisturbed, legs):
     """That what is loaded is what was saved, each start proves by the digests in the manifest, or refuses."""
     for number, (ranks, stage) in enumerate(legs, 1):
         said = leg(tmp_path, ranks, stage, number * STEPS)
-        assert number == 1 or f"going on after step {(number - 1) * STEPS}" in said
+        assert number == 1 or f"resuming after step {(number - 1) * STEPS}" in said
         positions = take_positions(witnessed, ranks)
         assert all(mine == sorted(mine) for mine in positions)
         assert sorted(itertools.chain(*positions)) == list(range((number - 1) * STEPS * BATCH, number * STEPS * BATCH))
@@ -85,4 +85,4 @@ def test_saves_by_the_clock_and_behind_training(tmp_path):
     saved = [row for row in rows(tmp_path, "event") if row["event"] == "checkpoint"]
     assert [row["step"] for row in saved] == [2, 4]
     assert all(row["write_seconds"] > 0 for row in saved)
-    assert "going on after step 4" in leg(tmp_path, 1, 2, 5)
+    assert "resuming after step 4" in leg(tmp_path, 1, 2, 5)

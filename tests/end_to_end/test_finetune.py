@@ -9,22 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import PYTHON, ROOT, TOY, ZERO3, environment, losses, pretrain, rows, torchrun
+from launch import PYTHON, ROOT, TOY, ZERO3, environment, losses, pretrain, rows, run, torchrun
 
-from mug.run.training import checkpoint
-from mug.run.training.sharded_state import WEIGHT, Piece, SavedState
+from mug.run.state import checkpoint
+from mug.run.state.sharded_state import WEIGHT, ParamSlice, SavedState
 
 STEPS = 24
 OPTIONS = [
     *("--model.width", "32", "--model.depth", "2", "--model.heads", "2", "--model.image_size", "16"),
     *("--model.patch_size", "8", "--model.drop_path", "0.3", "--data.workers", "0"),
-    *("--augment.rand_augment", "rand-m9-mstd0.5-inc1", "--augment.erase", "0.25"),
-    *("--augment.mixup", "0.8", "--augment.cutmix", "1.0"),
+    *("--data.augment.rand_augment", "rand-m9-mstd0.5-inc1", "--data.augment.erase", "0.25"),
+    *("--data.augment.mixup", "0.8", "--data.augment.cutmix", "1.0"),
     *("--trainer.global_batch", "8", "--trainer.micro_batch", "4", "--trainer.log_every", "1"),
     *("--trainer.max_steps", str(STEPS), "--trainer.warmup_samples", "0", "--trainer.eval_every", "7"),
     *("--checkpoint.every_steps", "3", "--checkpoint.keep", "2"),
 ]
-UNMIXED = ["--augment.mixup", "0", "--augment.cutmix", "0"]
+UNMIXED = ["--data.augment.mixup", "0", "--data.augment.cutmix", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def command(
 
 
 def finetune(*arguments, **settings) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments, **settings), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    return run(command(*arguments, **{"launcher": [], **settings}))
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +84,16 @@ def test_asked_to_end_then_killed_then_resumed_gives_the_same_losses_to_the_digi
     metrics = output / "metrics.jsonl"
     code, said = stop_when(metrics.exists, signal.SIGTERM, output, images)
     saved = checkpoint.newest(output, warn=pytest.fail).step
-    assert code == 75 and f"SIGTERM: step {saved} is saved; the same command goes on from there" in said, said
+    assert code == 75 and f"SIGTERM: step {saved} is saved; rerun the same command to resume" in said, said
     assert saved < STEPS
 
     code, said = stop_when(lambda: metrics.read_text().count('"train"') >= saved + 5, signal.SIGKILL, output, images)
     assert code == -signal.SIGKILL, f"the run ended before it could be killed: {said}"
-    assert f"going on after step {saved} from" in said
+    assert f"resuming after step {saved} from" in said
 
     done = finetune(output, images)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "going on after step" in done.stdout
+    assert "resuming after step" in done.stdout
     assert losses(output) == losses(undisturbed) and losses(output, "eval") == losses(undisturbed, "eval")
     lives = [row["event"] for row in rows(output, "event") if row["event"] != "checkpoint"]
     assert lives == ["start", "resume", "resume"]
@@ -105,7 +105,8 @@ def test_a_step_that_is_not_finite_ends_the_run_before_the_update(tmp_path, imag
     enormous = ["--trainer.base_learning_rate", "1e38", "--checkpoint.every_steps", "1"]
     done = finetune(output, images, *enormous, "--checkpoint.asynchronous", "true")
     assert done.returncode == 3
-    assert done.stderr.strip() == "error: loss or gradient of step 2 is not finite; nothing was updated"
+    line = "error: loss or gradient of step 2 is not finite; nothing was updated"
+    assert done.stderr.startswith(line) and len(done.stderr.splitlines()) == 1
     assert [row["step"] for row in rows(output, "train")] == [1]
     assert checkpoint.newest(output, warn=pytest.fail).step == 1 and not list(output.glob("*.partial"))
 
@@ -117,6 +118,20 @@ def test_zero_stages_give_the_same_losses(tmp_path, images, undisturbed):
     curves = [losses(output) + losses(output, "eval") for output in (tmp_path / "zero3", undisturbed)]
     for mine, other in zip(*curves, strict=True):
         assert mine == pytest.approx(other, abs=1e-5), f"step {mine['step']}"
+
+
+@pytest.mark.slow
+def test_bf16_is_near_fp32(tmp_path, images):
+    for steps in ("14", str(STEPS)):
+        still = ("--trainer.base_learning_rate", "1e-3", "--trainer.min_learning_rate", str(1e-3 * 8 / 256))  # constant
+        options = (*still, "--trainer.max_steps", steps)
+        for precision in ("fp32", "bf16"):
+            done = finetune(tmp_path / precision, images, *options, "--trainer.precision", precision)
+            assert done.returncode == 0, done.stdout + done.stderr
+    curves = [losses(tmp_path / name) + losses(tmp_path / name, "eval") for name in ("bf16", "fp32")]
+    assert [row["step"] for row in curves[0]] == [*range(1, STEPS + 1), 7, 14, 21, STEPS] and curves[0] != curves[1]
+    for mine, other in zip(*curves, strict=True):
+        assert mine["loss/class"] == pytest.approx(other["loss/class"], rel=2e-2), f"step {mine['step']}"
 
 
 @pytest.mark.slow
@@ -133,22 +148,23 @@ def test_ranks_give_the_same_losses_where_images_are_not_mixed(tmp_path, images)
 @pytest.mark.slow
 def test_begins_with_the_encoder_that_two_ranks_pretrained(tmp_path, images):
     sizes = ["--model.image_size", "16", "--model.patch_size", "8", "--trainer.max_steps", "2"]
-    neighbours = ["--trainer.knn", f"fashion-mnist:{images}"]
+    neighbours = ["--evals.knn.data", f"fashion-mnist:{images}", "--evals.knn.k", "[5]"]
     done = pretrain(tmp_path / "pretrained", *TOY, *sizes, *neighbours, launcher=torchrun(2), config=ZERO3)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert 0 <= rows(tmp_path / "pretrained", "eval")[0]["accuracy/knn"] <= 1
+    (row,) = rows(tmp_path / "pretrained", "eval")
+    assert 0 <= row["accuracy/knn, class token, k = 5"] <= 1
     still = ["--trainer.max_steps", "1", "--trainer.base_learning_rate", "0", "--trainer.min_learning_rate", "0"]
     init = ["--init", str(tmp_path / "pretrained")]
     done = finetune(tmp_path / "tuned", images, *init, *still)
     assert done.returncode == 0, done.stdout + done.stderr
     before, after = SavedState(tmp_path / "pretrained/checkpoint-2"), SavedState(tmp_path / "tuned/checkpoint-1")
     for name, numel in (("cls_token", 32), ("patch_embed.proj.weight", 32 * 192), ("blocks.1.mlp.fc2.weight", 4096)):
-        pieces = [state.read(WEIGHT, Piece(f"encoder.{name}", 0), numel) for state in (before, after)]
+        pieces = [state.read(WEIGHT, ParamSlice(f"encoder.{name}", 0), numel) for state in (before, after)]
         assert pieces[0].any() and (pieces[0] == pieces[1]).all(), name
     done = finetune(tmp_path / "other", images, *init, "--model.depth", "3")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
-        f"error: init {tmp_path}/pretrained/checkpoint-2 is of another size: depth is 2 there, 3 here; set model.depth"
+        f"error: init {tmp_path}/pretrained/checkpoint-2 has another size: depth is 2 there, 3 here; set model.depth"
     ]
     assert not (tmp_path / "other").exists()
 
@@ -157,8 +173,8 @@ def test_begins_with_the_encoder_that_two_ranks_pretrained(tmp_path, images):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.pool", "cls"], "another model: classifier pool is mean there, cls here"),
-        (["--model.depth", "3"], "checkpoint-24 is a checkpoint of another model: config depth is 2 there, 3 here"),
+        (["--model.pool", "cls"], "another model: config.pool is mean there, cls here"),
+        (["--model.depth", "3"], "checkpoint-24 is a checkpoint of another model: config.depth is 2 there, 3 here"),
         (["--trainer.global_batch", "16"], "was written with global batch 8, this run has 16"),
         (["--seed", "3"], "was trained with seed 0"),
         (["--data.images", "nowhere"], "nowhere has no folder test, val, validation"),

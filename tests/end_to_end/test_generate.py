@@ -2,13 +2,14 @@
 
 import re
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
-from launch import ROOT, TOY, deepspeed, environment, pretrain
+from commands import run_script
+from launch import TOY, deepspeed, environment, pretrain
 from PIL import Image
 
+from mug.data.config import DataConfig
 from mug.run.generate import read_inputs
 
 
@@ -22,8 +23,7 @@ def run(tmp_path_factory):
 
 
 def generate(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "run/generate.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    return run_script("run/generate.py", *arguments, env=environment())
 
 
 @pytest.mark.slow
@@ -34,10 +34,11 @@ def test_held_out_pairs_by_default(run, tmp_path):
     assert done.stdout.splitlines()[-2:] == [str(tmp_path / "generated.png"), str(tmp_path / "generated.html")]
     page = (tmp_path / "generated.html").read_text()
     assert page.count("<article>") == 3
-    assert len(re.findall(r'src="data:image/png;base64,', page)) == 9
+    assert len(re.findall(r'<img alt="(?:original|masked|reconstruction)" src="data:image/png;base64,', page)) == 9
     assert not re.search(r'(src|href)="(?!data:)', page), "the page must need no other file"
     assert page.count("<dt>written, 2 beams</dt>") == 3 and page.count("<dt>true</dt>") == 3
     assert Image.open(tmp_path / "generated.png").height > 3 * 128
+    assert Image.open(tmp_path / "hero.png").width == 720
 
 
 @pytest.mark.slow
@@ -55,7 +56,7 @@ def test_image_files_and_one_checkpoint(run, tmp_path):
     [
         (["{run}", "missing.jpg"], "missing.jpg: no such file"),
         (["{run}", "README.md"], "README.md"),
-        (["nowhere"], "nowhere holds no checkpoint"),
+        (["nowhere"], "nowhere does not hold a checkpoint"),
         (["{run}", "--beams", "0"], "--beams"),
         (["{run}", "--bems", "2"], "--bems"),
     ],
@@ -71,5 +72,5 @@ def test_a_mistake_is_one_line(run, tmp_path, arguments, names):
 def test_a_cameras_ending_in_capitals_is_an_image(tmp_path):
     Image.new("RGB", (90, 60), "red").save(tmp_path / "DSC1.JPG", "JPEG")
     options = SimpleNamespace(inputs=[str(tmp_path / "DSC1.JPG")], cache=str(tmp_path), limit=4)
-    (image,), (caption,) = read_inputs(options, 16)
+    (image,), (caption,) = read_inputs(options, DataConfig(), 16)
     assert image.shape == (3, 16, 16) and (image[0] > 250).all() and caption == ""

@@ -8,9 +8,9 @@ import time
 import psutil
 import pytest
 from hosts import INTERFACE, cluster, lacking
-from launch import BIN, TOY, ZERO3, environment, losses, pretrain, rows
+from launch import BIN, DRAWINGS, TOY, ZERO3, environment, losses, pretrain, rows
 
-from mug.run.training import checkpoint
+from mug.run.state import checkpoint
 
 pytestmark = pytest.mark.skipif(lacking() is not None, reason=str(lacking()))
 
@@ -55,7 +55,7 @@ def by_hostfile(three_hosts, hostfile: str, *command: str):
 
 
 def train(output) -> list[str]:
-    return ["run/pretrain.py", "--deepspeed", ZERO3, "--output", str(output), *OPTIONS]
+    return ["run/pretrain.py", "--deepspeed", ZERO3, "--output", str(output), *DRAWINGS, *OPTIONS]
 
 
 @pytest.mark.slow
@@ -138,13 +138,13 @@ def test_a_host_that_does_not_exist(three_hosts, tmp_path):
     hostfile = tmp_path / "hosts"
     hostfile.write_text("host1 slots=1\nhost9 slots=1\n")
     env_file = tmp_path / "env"
-    env_file.write_text(f"GLOO_SOCKET_IFNAME={INTERFACE}\nMUG_PATIENCE_SECONDS=5\n")
+    env_file.write_text(f"GLOO_SOCKET_IFNAME={INTERFACE}\nMUG_RENDEZVOUS_SECONDS=5\n")
     launcher = [str(BIN / "deepspeed"), "--hostfile", str(hostfile)]
     done = three_hosts.run(*launcher, *train(tmp_path / "run"), DS_ENV_FILE=str(env_file))
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if "error: " in line]
     assert len(errors) == 1, done.stderr
-    assert "rank(s) 1 of 2 did not come" in errors[0] and "here are ranks on host1:" in errors[0]
+    assert "rank(s) 1 of 2 did not reach the rendezvous" in errors[0] and "present: ranks on host1:" in errors[0]
     assert "host9: ssh: Could not resolve hostname host9" in done.stderr  # pdsh's
     assert "Traceback" not in done.stdout + done.stderr
     assert not (tmp_path / "run").exists()

@@ -24,7 +24,8 @@ from launch import ROOT, TOY, environment, losses, pretrain
 from PIL import Image
 
 from mug.data.config import DataConfig
-from mug.data.stream import open_held_out
+from mug.data.kinds.pairs import open_held_out
+from mug.data.kinds.samples import Shape
 
 COUNT = 30  # pairs that can be downloaded; one more is missing, and one is no image
 IMG2DATASET = "img2dataset==1.47.0"
@@ -113,7 +114,7 @@ def members(tars: Path) -> dict[str, dict[str, bytes]]:
 @pytest.mark.slow
 def test_our_reader_sees_what_lies_in_the_tars(tars, tokenizer):
     shards = f"{tars}/{{00000..00002}}.tar"
-    pairs = open_held_out(DataConfig(shards=shards, held_out=shards, tokenizer=str(tokenizer)), 32, 16)
+    pairs = open_held_out(DataConfig(shards=shards, held_out=shards, tokenizer=str(tokenizer)), Shape(32, 16))
     stats = [json.loads(path.read_text()) for path in sorted(tars.glob("*_stats.json"))]
     assert len(pairs) == COUNT == sum(one["successes"] for one in stats) == sum(one["count"] for one in stats) - 2
     expected = members(tars)
@@ -135,7 +136,7 @@ def test_its_parquet_becomes_the_same_pairs(download, tars, tmp_path):
     command = [sys.executable, "run/build_shards.py", "parquet", str(parquet), "--out", str(tmp_path / "out")]
     done = subprocess.run([*command, "--held_out", "0"], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"{COUNT} pairs, {COUNT} with a caption; 2 left out" in done.stdout  # their rows hold no image
+    assert f"{COUNT} pairs, {COUNT} with a caption; left out: 2 images that cannot be used" in done.stdout
     built, expected = members(tmp_path / "out"), members(tars)
     assert {key: (pair["jpg"], pair["txt"]) for key, pair in built.items()} == {
         key: (pair["jpg"], pair["txt"]) for key, pair in expected.items()

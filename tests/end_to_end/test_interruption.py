@@ -10,10 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launch import ROOT, TOY, ZERO3, deepspeed, environment, free_port, losses, pretrain, torchrun
+from launch import DRAWINGS, ROOT, TOY, ZERO3, deepspeed, environment, free_port, losses, pretrain, torchrun
 
-from mug.run.training import checkpoint
-from mug.run.training.watch import BEAT
+from mug.run.cluster.rank_monitor import HEARTBEAT_SECONDS
+from mug.run.state import checkpoint
 
 STEPS = 40
 SLOW = 180  # seconds, where it does not matter how many
@@ -24,7 +24,7 @@ OPTIONS = [
     *("--trainer.max_steps", str(STEPS), "--trainer.eval_every", str(STEPS), "--trainer.eval_samples", "8"),
     *("--data.workers", "1", "--checkpoint.every_steps", "1000"),
 ]
-SCRIPT = ["run/pretrain.py", "--deepspeed", ZERO3]
+SCRIPT = ["run/pretrain.py", "--deepspeed", ZERO3, *DRAWINGS]
 
 
 class Job:
@@ -90,11 +90,11 @@ def test_one_rank_is_asked_to_end(tmp_path, undisturbed, number):
     print(f"all ranks had ended {time.monotonic() - begin:.1f} s after {number.name}")
     found = checkpoint.newest(output, warn=pytest.fail)
     assert found.step < STEPS and len(found.manifest["files"]) == 7  # three of each rank, and the tokenizer
-    line = f"{number.name}: step {found.step} is saved; the same command goes on from there"
+    line = f"{number.name}: step {found.step} is saved; rerun the same command to resume"
     assert line in ranks[0].text() and not ranks[1].text()
     done = pretrain(output, *OPTIONS, launcher=torchrun(2))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"going on after step {found.step}" in done.stdout
+    assert f"resuming after step {found.step}" in done.stdout
     assert losses(output) == undisturbed
 
 
@@ -126,7 +126,7 @@ def test_a_rank_is_killed(tmp_path, launcher):
     output = tmp_path / "run"
     jobs = [Job(output, launcher(3), steps=FOR_EVER)] if launcher else start_ranks(output, 3, FOR_EVER)
     wait_for_rows(output, 4)
-    time.sleep(3 * BEAT)  # all have said that they train
+    time.sleep(3 * HEARTBEAT_SECONDS)  # all have said that they train
     victim = jobs[0].rank(1) if launcher else jobs[1].rank(1)
     victim.kill()
     begin = time.monotonic()
@@ -135,7 +135,7 @@ def test_a_rank_is_killed(tmp_path, launcher):
     assert codes == ([75, -signal.SIGKILL, 75] if not launcher else codes) and 0 not in codes
     line = f"error: rank 1 (host {os.uname().nodename}, pid {victim.pid}, step"
     lines = [text for text in jobs[0].text().splitlines() if text.startswith("error: ")]
-    assert len(lines) == 1 and lines[0].startswith(line) and "is gone: its process ended" in lines[0]
+    assert len(lines) == 1 and lines[0].startswith(line) and "is lost: its process ended" in lines[0]
     for rank in (0, 2):
         assert line.removeprefix("error: ") in (output / "logs" / f"rank{rank}.log").read_text()
 
@@ -166,7 +166,7 @@ def test_a_rank_without_a_launcher_outlives_the_shell_that_started_it(tmp_path):
     (rank,) = [one for one in started if SCRIPT[0] in one.cmdline()]
     job.process.kill()
     try:
-        assert psutil.wait_procs([rank], timeout=2 * BEAT + 2)[1] == [rank]
+        assert psutil.wait_procs([rank], timeout=2 * HEARTBEAT_SECONDS + 2)[1] == [rank]
     finally:
         for process in started:
             process.kill()
@@ -177,12 +177,12 @@ def test_a_rank_that_falls_silent_is_not_waited_for(tmp_path):
     """As when its machine is gone: nothing closes the connection."""
     ranks = start_ranks(tmp_path / "run", 2, FOR_EVER)
     wait_for_rows(tmp_path / "run", 4)
-    time.sleep(3 * BEAT)  # both have said that they train
+    time.sleep(3 * HEARTBEAT_SECONDS)  # both have said that they train
     ranks[1].process.send_signal(signal.SIGSTOP)
     begin = time.monotonic()
     assert ranks[0].wait(SLOW) == 75
     print(f"rank 0 had ended {time.monotonic() - begin:.1f} s after rank 1 was stopped")
     pid = ranks[1].process.pid
-    assert re.search(rf"error: nothing was heard of rank 1 \(host \S+, pid {pid}, step .*\) for 40 s", ranks[0].text())
+    assert re.search(rf"error: no heartbeat from rank 1 \(host \S+, pid {pid}, step .*\) for 40 s", ranks[0].text())
     ranks[1].process.kill()
     ranks[1].wait(20)

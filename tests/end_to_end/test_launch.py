@@ -57,11 +57,11 @@ def test_zero3_trains_on_the_triton_kernel_as_on_the_reference(tmp_path, monkeyp
 @pytest.mark.slow
 def test_zero3_loses_nothing_by_computing_again_in_backward(tmp_path):
     curves = {}
-    for policy in ("nothing", "elementwise", "blocks"):
-        done = pretrain(tmp_path / policy, *STEPS, "--trainer.recompute", policy)
+    for policy in ("none", "elementwise", "blocks"):
+        done = pretrain(tmp_path / policy, *STEPS, "--trainer.activation_checkpointing", policy)
         assert done.returncode == 0, done.stdout + done.stderr
         curves[policy] = losses(tmp_path / policy)
-    assert curves["elementwise"] == curves["blocks"] == curves["nothing"]
+    assert curves["elementwise"] == curves["blocks"] == curves["none"]
 
 
 @pytest.mark.slow

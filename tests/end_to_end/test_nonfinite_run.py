@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from launch import PYTHON, ROOT, TOY, deepspeed, environment, losses, pretrain, rows, torchrun
 
-from mug.run.training import checkpoint
+from mug.run.state import checkpoint
 
 BATCH = 8
 BAD = 21  # this position: in step 3, of rank 1 of 2 (positions go to the ranks in turn)
@@ -49,7 +49,7 @@ def test_training_stops_before_the_update(tmp_path, monkeypatch, undisturbed, sa
     assert done.returncode == 3
     bundle = tmp_path / "replay" / "step-3.json"
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
-        f"error: loss or gradient of step 3 is not finite; nothing was updated; see it again: run/replay.py {bundle}"
+        f"error: loss or gradient of step 3 is not finite; nothing was updated; to reproduce it: run/replay.py {bundle}"
     ]
     assert digests(tmp_path, 2) == digests(undisturbed, 2) != digests(undisturbed, 3)
     assert checkpoint.newest(tmp_path, warn=pytest.fail).step == 2
@@ -73,7 +73,7 @@ def test_training_stops_before_the_update(tmp_path, monkeypatch, undisturbed, sa
 @pytest.mark.slow
 def test_a_batch_is_skipped_and_the_run_that_is_killed_afterwards_knows(tmp_path, monkeypatch, undisturbed):
     monkeypatch.setenv("POISON", f"{BAD}:inf")
-    skip = ("--safety.nonfinite", "skip", "--safety.max_skips", "1")
+    skip = ("--faults.nonfinite", "skip", "--faults.max_skips", "1")
     done = pretrain(tmp_path, *OPTIONS, *skip, "--trainer.max_steps", "3", launcher=[*torchrun(2), *POISONED])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "its batch is skipped" in done.stdout
@@ -94,7 +94,7 @@ def test_a_batch_is_skipped_and_the_run_that_is_killed_afterwards_knows(tmp_path
 def test_the_very_first_batch_is_skipped(tmp_path, monkeypatch):
     """Without ZeRO the optimizer has no state before its first update; the run is saved all the same, and goes on."""
     monkeypatch.setenv("POISON", "3")
-    options = (*OPTIONS, "--safety.nonfinite", "skip")
+    options = (*OPTIONS, "--faults.nonfinite", "skip")
     for steps in ("1", "2"):
         done = pretrain(
             tmp_path,
@@ -103,7 +103,7 @@ def test_the_very_first_batch_is_skipped(tmp_path, monkeypatch):
             config="ds_configs/zero0.json",
         )
         assert done.returncode == 0, done.stdout + done.stderr
-    assert "going on after step 1" in done.stdout
+    assert "resuming after step 1" in done.stdout
     manifests = [checkpoint.verify(tmp_path / f"checkpoint-{step}").manifest for step in (1, 2)]
     assert [manifest["adam_steps"] for manifest in manifests] == [0, 1]
     assert manifests[1]["data"]["skipped"] == [[0, 8]]
@@ -114,19 +114,19 @@ def test_the_very_first_batch_is_skipped(tmp_path, monkeypatch):
 def test_a_spike_is_undone_and_what_led_to_it_is_skipped(tmp_path, monkeypatch):
     """The loss of one sample is 1e4 too high at step 11, which a loss above 3 times the median gives away."""
     monkeypatch.setenv("POISON", f"{10 * BATCH + 5}:1e4")
-    spikes = ("--safety.spike_factor", "3", "--safety.spike_checkpoints", "2", "--checkpoint.every_steps", "4")
+    spikes = ("--faults.spike_factor", "3", "--faults.spike_checkpoints", "2", "--checkpoint.every_steps", "4")
     options = (*OPTIONS, "--trainer.max_steps", "13", *spikes)
     done = pretrain(tmp_path, *options, launcher=[*deepspeed(1), *POISONED])
     assert done.returncode == 75
     assert re.search(
-        r"the loss of step 11, .* is a spike .*: back to the state of step 4, positions 32 to 87", done.stdout
+        r"the loss of step 11, .* is a spike .*: rolled back to the state of step 4, positions 32 to 87", done.stdout
     )
     assert digests(tmp_path, 11) == digests(tmp_path, 4)
     assert checkpoint.verify(tmp_path / "checkpoint-11").manifest["data"]["skipped"] == [[32, 88]]
 
     done = pretrain(tmp_path, *options, launcher=[*deepspeed(1), *POISONED])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "going on after step 11" in done.stdout
+    assert "resuming after step 11" in done.stdout
     curve = losses(tmp_path)
     assert [row["step"] for row in curve] == [1, 2, 3, 4, 12, 13]
     assert [row["position"] for row in curve][-2:] == [96, 104]
@@ -139,6 +139,6 @@ def test_a_spike_is_undone_and_what_led_to_it_is_skipped(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_what_is_no_bundle_is_one_line(tmp_path):
     (tmp_path / "x.json").write_text("{}")
-    for name, says in {"x.json": "is no replay bundle", "y.json": "No such file"}.items():
+    for name, says in {"x.json": "is not a replay bundle", "y.json": "No such file"}.items():
         done = replay(tmp_path / name)
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and says in done.stderr

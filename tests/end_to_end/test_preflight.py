@@ -8,8 +8,8 @@ import sys
 import pytest
 from launch import ROOT, TOY, ZERO3, environment, free_port
 
+from mug.data.builders.openmoji import ensure_openmoji
 from mug.data.config import DataConfig
-from mug.data.openmoji import ensure_openmoji
 
 SCRIPT = str(ROOT / "run" / "preflight.py")
 TWO = ("gpu", "clock", "shared folder", "bandwidth")
@@ -81,7 +81,7 @@ def test_another_shard_on_one_machine_and_no_room_for_checkpoints(folders):
     assert status == 1
     assert out.splitlines()[-1] == "NOT ready: index, disk"
     assert "rank 1 on" in verdicts(out)["index"] and "rank 0 on" in verdicts(out)["index"]
-    assert "too little room" in verdicts(out)["disk"]
+    assert "too little space" in verdicts(out)["disk"]
 
 
 @pytest.mark.slow

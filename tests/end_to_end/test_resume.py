@@ -2,15 +2,11 @@
 
 import random
 import shutil
-import signal
-import subprocess
-import time
-from collections.abc import Callable
 
 import pytest
-from launch import PYTHON, ROOT, TOY, ZERO3, environment, losses, pretrain
+from launch import TOY, kill_at_a_row, kill_when, losses, pretrain
 
-from mug.run.training import checkpoint
+from mug.run.state import checkpoint
 
 OPTIONS = [
     *TOY,
@@ -27,37 +23,13 @@ def undisturbed(tmp_path_factory):
     return output
 
 
-def kill_when(reached: Callable[[], bool], output, *options: str) -> None:
-    """Start the run, and SIGKILL it as soon as `reached()`."""
-    command = [*PYTHON, "run/pretrain.py", "--deepspeed", ZERO3, "--output", str(output), *OPTIONS, *options]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while process.poll() is None and not reached():
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-
-
-def kill_at_a_row(output, row: int, lives: int) -> None:
-    """SIGKILL the run in its life number `lives` as soon as its metrics hold `row` lines."""
-    metrics = output / "metrics.jsonl"
-
-    def reached() -> bool:
-        text = metrics.read_text() if metrics.exists() else ""
-        begun = text.count('"event": "start"') + text.count('"event": "resume"')
-        return begun >= lives and text.count("\n") >= row
-
-    kill_when(reached, output)
-
-
 @pytest.mark.slow
 def test_killed_twice_at_random_steps_gives_the_same_losses_to_the_digit(tmp_path, undisturbed):
     output = tmp_path / "run"
     first, second = sorted(random.sample(range(2, 24), 2))
     print(f"killed at rows {first} and {second}")
-    kill_at_a_row(output, first, lives=1)
-    kill_at_a_row(output, second, lives=2)
+    kill_at_a_row(output, first, *OPTIONS)
+    kill_at_a_row(output, second, *OPTIONS, lives=2)
     done = pretrain(output, *OPTIONS)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(output) == losses(undisturbed)
@@ -72,12 +44,12 @@ def newest_partial(output) -> int:
 @pytest.mark.slow
 def test_killed_while_a_checkpoint_is_written_behind_training(tmp_path, undisturbed):
     output = tmp_path / "run"
-    kill_when(lambda: newest_partial(output) >= 9, output, "--checkpoint.asynchronous", "true")
+    kill_when(lambda: newest_partial(output) >= 9, output, *OPTIONS, "--checkpoint.asynchronous", "true")
     step = checkpoint.newest(output, warn=pytest.fail).step
     assert step % 3 == 0 and 6 <= step < 24  # one more where the commit was faster than the signal
     done = pretrain(output, *OPTIONS, "--checkpoint.asynchronous", "true")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"going on after step {step}" in done.stdout
+    assert f"resuming after step {step}" in done.stdout
     assert losses(output) == losses(undisturbed)
     assert [folder.name for folder in checkpoint.list_folders(output)] == ["checkpoint-24", "checkpoint-21"]
     assert not list(output.glob("*.partial"))
@@ -94,7 +66,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, und
     done = pretrain(output, *OPTIONS)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"checkpoint-24: {shard.name} is damaged" in done.stdout
-    assert "going on after step 21" in done.stdout
+    assert "resuming after step 21" in done.stdout
     assert losses(output) == losses(undisturbed)
 
 
@@ -103,7 +75,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, und
     ("options", "names"),
     [
         (["--trainer.global_batch", "16"], "global batch 8, this run has 16"),
-        (["--seed", "5"], "seed is 0 there, 5 here"),
+        (["--seed", "5"], "was trained with seed 0 (now 5)"),
         (["--model.text_length", "30"], "text_length is 20 there, 30 here"),
     ],
 )
@@ -123,10 +95,21 @@ def test_a_finished_run_says_so(undisturbed):
 
 
 @pytest.mark.slow
+def test_more_steps_on_a_finished_run_name_both_learning_rates(tmp_path, undisturbed):
+    output = tmp_path / "run"
+    shutil.copytree(undisturbed, output)
+    done = pretrain(output, *OPTIONS, "--trainer.max_steps", "26", "--trainer.eval_every", "26")
+    assert done.returncode == 0, done.stdout + done.stderr
+    last, first = (row["lr"] for row in losses(output) if row["step"] in (24, 25))
+    line = f"warning: the learning rate jumps from {last:.1e} at step 24 to {first:.1e} at step 25"
+    assert f"{line} (the run had 24 steps, and now has 26)" in done.stdout and first > 5 * last
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused(undisturbed):
     done = pretrain(undisturbed, *OPTIONS, "--model.depth", "3")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
-        f"error: {undisturbed}/checkpoint-24 is a checkpoint of another model: config depth is 2 there, 3 here;"
-        " change the recipe back, or name another --output"
+        f"error: {undisturbed}/checkpoint-24 is a checkpoint of another model: config.depth is 2 there, 3 here;"
+        " restore the recipe, or choose another --output"
     ]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 from launch import PYTHON, ROOT, TOY, ZERO3, deepspeed, environment, losses, pretrain
 
-from mug.run.training import checkpoint
+from mug.run.state import checkpoint
 
 SHORT = [*TOY, "--trainer.max_steps", "4", "--checkpoint.every_steps", "2", "--checkpoint.keep", "1"]
 
@@ -90,7 +90,7 @@ def assert_goes_on(output, reference, room: Callable[[], object]) -> None:
     room()
     done = pretrain(output, *SHORT)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "going on after step 2" in done.stdout
+    assert "resuming after step 2" in done.stdout
     assert losses(output) == losses(reference)
     assert [folder.name for folder in checkpoint.list_folders(output)] == ["checkpoint-4"]
     assert not list(output.glob("*.partial"))
@@ -122,7 +122,7 @@ def small_disk(tmp_path, finished):
 @pytest.mark.slow
 def test_a_disk_that_is_full_while_saving(finished, small_disk):
     output = small_disk / "run"
-    assert_one_line(pretrain(output, *SHORT), "checkpoint-4 cannot be written", "No space left", "make room")
+    assert_one_line(pretrain(output, *SHORT), "checkpoint-4 cannot be written", "No space left", "free disk space")
 
     def make_room():
         subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
@@ -135,4 +135,4 @@ def test_a_disk_that_is_full_from_the_start(small_disk):
     with (small_disk / "ballast").open("wb") as ballast:
         free = os.statvfs(small_disk)
         ballast.write(b"\0" * free.f_bavail * free.f_bsize)
-    assert_one_line(pretrain(small_disk / "run", *SHORT), "No space left", "make room")
+    assert_one_line(pretrain(small_disk / "run", *SHORT), "No space left", "free disk space")

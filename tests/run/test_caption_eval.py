@@ -3,28 +3,27 @@
 import importlib.util
 import json
 import math
-import subprocess
-import sys
+import os
 from collections import Counter
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from evaluation import make_checkpoint, quiet_console
 from PIL import Image
 
-from mug.data.tokenizer_training import train_tokenizer
-from mug.data.writers import Sample, write_tar_shard
+from mug.data.builders.writers import Sample, write_tar_shard
 from mug.model.generate import beam_search
-from mug.model.mug import MUG
-from mug.model.presets import ModelConfig, Vocabulary, resolve
-from mug.run.evaluation import captions
-from mug.run.training.checkpoint import commit, open_partial
-from mug.run.training.restore import describe_model, restore
-from mug.run.training.samples import rows as pictured
-from mug.run.training.sharded_state import WEIGHT, Piece, write_pieces
-
-ROOT = Path(__file__).parents[2]
+from mug.run import caption_eval
+from mug.run.common.errors import user_errors
+from mug.run.evaluate import evaluate, parse
+from mug.run.evaluators import captions
+from mug.run.evaluators.pictures import draw_rows
+from mug.run.generate import what_is_shown
+from mug.run.reporting.grid import read_grid
+from mug.run.state.restore import restore
 
 WRITTEN = ["a cat sat on the mat today", "two dogs run over a green lawn", "the red car stops at"]
 TRUE = [
@@ -60,9 +59,9 @@ def test_bleu_is_papinenis(order):
 
 
 def test_figures_tell_captions_from_their_images():
-    figures = captions.score(WRITTEN, TRUE, lambda line: None)
-    assert figures["BLEU-4"] == pytest.approx(bleu_by_hand(WRITTEN, TRUE, 4))
-    assert figures["BLEU-4 of another image's"] < 10 and figures["distinct"] == 1
+    metrics = captions.score(WRITTEN, TRUE, lambda line: None)
+    assert metrics["BLEU-4"] == pytest.approx(bleu_by_hand(WRITTEN, TRUE, 4))
+    assert metrics["BLEU-4 of another image's"] < 10 and metrics["distinct"] == 1
     same = captions.score(["a cat"] * 4, [["a cat"]] * 4, lambda line: None)
     assert same["distinct"] == 0.25
     assert same["BLEU-2"] == same["BLEU-1"] == pytest.approx(100)
@@ -71,8 +70,8 @@ def test_figures_tell_captions_from_their_images():
 def test_what_is_missing_is_said_once_and_left_out(monkeypatch):
     warnings = []
     monkeypatch.setattr(captions.importlib.util, "find_spec", lambda name: None)
-    figures = captions.score(WRITTEN, TRUE, warnings.append)
-    assert "CIDEr" not in figures and "METEOR" not in figures
+    metrics = captions.score(WRITTEN, TRUE, warnings.append)
+    assert "CIDEr" not in metrics and "METEOR" not in metrics
     assert len(warnings) == 2 and all("pycocoevalcap is not installed" in line for line in warnings)
     monkeypatch.setattr(captions.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(captions.shutil, "which", lambda name: None)
@@ -97,29 +96,6 @@ def test_cider_and_meteor_order_captions_as_people_would(name):
 
 # --- The command -------------------------------------------------------------------------------------------
 
-SIZES = {"image_size": 16, "patch_size": 8, "width": 16, "depth": 1, "heads": 2, "text_length": 8}
-SIZES |= {"pixel_width": 16, "pixel_depth": 1, "pixel_heads": 2, "text_width": 16, "text_heads": 2}
-DATA = {"shards": None, "held_out": None, "language": "en"}
-
-
-def make_checkpoint(run: Path, data: dict, pixels: float = 1.0, caption: float = 0.1, **options: object) -> None:
-    """A checkpoint of an untrained model with sharp opinions, as a training run with these loss weights writes it."""
-    tokenizer = train_tokenizer(["red green blue square of one colour"] * 3, 512)
-    ids = {name: tokenizer.token_to_id(f"[{name.upper()}]") for name in ("pad", "bos", "eos", "mask")}
-    torch.manual_seed(0)
-    config = resolve(ModelConfig(text_unimodal_layers=1, text_cross_layers=1, tied_head=False, **SIZES, **options))
-    model = MUG(config, Vocabulary(tokenizer.get_vocab_size(), **ids))
-    with torch.no_grad():
-        model.text_decoder.head.weight.mul_(40)
-    file = f"{WEIGHT}-00000-of-00001.safetensors"
-    pieces = {Piece(name, 0): p.detach().flatten() for name, p in model.named_parameters()}
-    seal, _ = write_pieces(open_partial(run, 3) / file, pieces)
-    state = {
-        "model": describe_model("mug", model),
-        "recipe": {"data": data, "loss_weights": {"pixels": pixels, "caption": caption}},
-    }
-    commit(run, 3, {file: seal}, state, {"tokenizer.json": tokenizer.to_str()}, keep=1)
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[Path, Path]:
@@ -132,58 +108,86 @@ def run(tmp_path_factory) -> tuple[Path, Path]:
         meta = {"captions": {"en": [f"red {i}", f"green {i}"]}} if i == 2 else {}
         samples.append(Sample(f"key{i}", (folder / "image.png").read_bytes(), "png", caption, meta))
     write_tar_shard(folder / "pairs.tar", samples)
-    make_checkpoint(folder / "run", DATA)
+    make_checkpoint(folder / "run")
     return folder / "run", folder / "pairs.tar"
 
 
-def start(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "run/caption_eval.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def start(*arguments: object) -> list[str]:
+    """What the command shows."""
+    lines: list[str] = []
+    with patch.dict(os.environ):  # which gets this process's place among the ranks
+        evaluate(quiet_console(lines), caption_eval.parse([*map(str, arguments), "--workers", "0"]))
+    return lines
 
 
 def test_the_run_keeps_what_the_model_wrote(run, tmp_path):
     folder, shards = run
-    done = start(folder, "--shards", shards, "--beams", "3", "--batch", "4", "--cache", tmp_path)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+    lines = start(folder, "--shards", shards, "--beams", "3", "--batch", "4", "--cache", tmp_path)
+    rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["key"] for row in rows] == [f"key{i}" for i in range(8) if i != 5]
     assert rows[2]["true"] == ["square 2", "red 2", "green 2"] and rows[0]["true"] == ["square 0"]
     model, tokenizer, _ = restore(folder, print)
     colours = np.array([[30 * i, 255 - 30 * i, 90] for i in range(8) if i != 5], dtype=np.uint8)
     image = torch.from_numpy(colours)[:, :, None, None].expand(-1, -1, 16, 16).contiguous()
     with torch.inference_mode():
-        tokens = beam_search(model, model.encoder(image), 3)
+        tokens = beam_search(model.text_decoder, model.vocabulary, model.encoder(image), 3)
     assert [row["written"] for row in rows] == [tokenizer.decode(row[1:]) for row in tokens.tolist()]
-    result = json.loads((folder / "results.jsonl").read_text().splitlines()[-1])
+    result = json.loads((folder / "results.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     expected = captions.bleu([row["written"] for row in rows], [row["true"] for row in rows], 1)
     assert result["BLEU-1"] == pytest.approx(expected) and result["images"] == 7
     assert result["method"] == "captions, 3 beams" and result["encoder"] == "run, step 3"
-    assert "BLEU-1" in done.stdout and "distinct" in done.stdout
+    assert any("BLEU-1" in line for line in lines) and "captions: 7 captions, in the run's folder" in lines
+
+
+def test_results_go_into_another_file_where_one_is_named(run, tmp_path):
+    folder, shards = run
+    before = (folder / "results.jsonl").read_text(encoding="utf-8") if (folder / "results.jsonl").exists() else None
+    start(folder, "--shards", shards, "--beams", "1", "--cache", tmp_path, "--json", tmp_path / "found.jsonl")
+    assert json.loads((tmp_path / "found.jsonl").read_text(encoding="utf-8"))["method"] == "captions, 1 beam"
+    after = (folder / "results.jsonl").read_text(encoding="utf-8") if (folder / "results.jsonl").exists() else None
+    assert before == after
 
 
 @pytest.mark.parametrize(("pixels", "caption"), [(1.0, 0.0), (0.0, 0.1), (1.0, 0.1)])
 def test_a_picture_shows_what_was_trained(tmp_path, pixels, caption):
-    make_checkpoint(tmp_path / "run", DATA, pixels, caption)
+    make_checkpoint(tmp_path / "run", "--loss_weights.pixels", str(pixels), "--loss_weights.caption", str(caption))
     model, tokenizer, _ = restore(tmp_path / "run", print)
     image = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    for sample in pictured(model, tokenizer, image, torch.arange(2), ["a", "b"], beams=2):
-        assert list(sample.captions) == (["written", "written, 2 beams", "true"] if caption else ["true"])
-        assert torch.equal(sample.reconstruction, sample.masked) == (not pixels)
+    for picture in draw_rows(model, tokenizer, image, torch.arange(2), ["a", "b"], beams=2):
+        assert list(picture.captions) == (["written", "written, 2 beams", "true"] if caption else ["true"])
+        assert torch.equal(picture.images["reconstruction"], picture.images["masked"]) == (not pixels)
+    note = what_is_shown(model)
+    assert ("Objective mug does not write captions." in note) == (not caption)
+
+
+def test_pictures_of_a_run_are_of_its_held_out_pairs(run, tmp_path):
+    _, shards = run
+    make_checkpoint(
+        tmp_path / "own", "--data.shards", "x.tar", "--data.held_out", str(shards), "--data.tokenizer", "x.json"
+    )
+    lines: list[str] = []
+    arguments = [str(tmp_path / "own"), "--eval", "pictures", "--pictures.count", "3", "--cache", str(tmp_path)]
+    with patch.dict(os.environ):
+        evaluate(quiet_console(lines), parse([*arguments, "--workers", "0"]))
+    assert "pictures: 3 pictures, in the run's folder" in lines
+    rows = read_grid(tmp_path / "own" / "samples" / "step-3.png")
+    assert [row.captions["true"] for row in rows] == ["square 0", "square 2", ""]
+    assert np.asarray(rows[1].images["original"])[0, 0].tolist() == [60, 195, 90]
 
 
 def test_a_mistake_is_one_line(run, tmp_path):
     folder, shards = run
-    make_checkpoint(tmp_path / "own", {**DATA, "shards": "train.tar"})
-    make_checkpoint(tmp_path / "masked", DATA, captioning="masked-language")
-    make_checkpoint(tmp_path / "pixels", DATA, caption=0.0)
+    make_checkpoint(tmp_path / "own", "--data.shards", "train.tar", "--data.tokenizer", "x.json")
+    make_checkpoint(tmp_path / "masked", "--model.captioning", "masked-language")
+    make_checkpoint(tmp_path / "pixels", "--loss_weights.caption", "0")
     for arguments, names in (
         ((folder, "--beams", "0"), "--beams must be at least 1"),
-        ((tmp_path / "own",), "without data.held_out; name pairs with --shards"),
+        ((tmp_path / "own",), "without data.held_out; give pairs by the option `shards`"),
         ((tmp_path / "masked", "--shards", shards), "cannot write captions"),
         ((tmp_path / "pixels", "--shards", shards), "never learned to write captions: its loss_weights.caption is 0"),
         ((folder, "--shards", tmp_path / "none.tar", "--cache", tmp_path), "none.tar"),
     ):
-        done = start(*arguments)
-        assert done.returncode == 2, done.stdout + done.stderr
-        errors = done.stderr.strip().splitlines()
-        assert len(errors) == 1 and errors[0].startswith("error: ") and names in errors[0]
+        with pytest.raises(user_errors()) as refused:
+            start(*arguments)
+        assert names in str(refused.value) and "\n" not in str(refused.value)
+        assert not torch.distributed.is_initialized()

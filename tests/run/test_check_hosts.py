@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import run_script
 
 from mug.run import check_hosts
-from mug.run.training.errors import RunError
+from mug.run.common.errors import RunError
 
 ROOT = Path(__file__).parents[2]
 # The last but one argument is the host, the last one what it is to run.
@@ -36,8 +37,7 @@ def programs(tmp_path):
 
 
 def start(hostfile: Path, path: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "run" / "check_hosts.py", hostfile]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    return run_script("run/check_hosts.py", hostfile, env={**os.environ, "PATH": path})
 
 
 def test_a_line_for_each_host_and_a_verdict(tmp_path, programs):
@@ -78,15 +78,15 @@ def test_an_answer_is_not_waited_for_for_ever(programs, monkeypatch):
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     (programs / "ssh").write_text("#!/bin/sh\nexec sleep 1000\n")
     monkeypatch.setattr(check_hosts, "CONNECT_SECONDS", 0.1)
-    assert check_hosts.ask("alike")[0].startswith("ssh gives no answer within 0.3")
+    assert check_hosts.ask("alike")[0].startswith("ssh does not answer within 0.3")
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         (None, "cannot be read"),
-        ("", "names no host"),
-        ("# node1 slots=8\n", "names no host"),
+        ("", "does not name a host"),
+        ("# node1 slots=8\n", "does not name a host"),
         ("node1 slots=8\nnode2\n", "line 2: 'node2' is not NAME slots=RANKS"),
         ("node1 slots=8\n\nnode1 slots=4\n", "line 3: node1 is named twice"),
     ],

@@ -10,25 +10,36 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mug.model.objectives.objective import Context, Objective
 from mug.run import replay
-from mug.run.training import checkpoint, hardware, saver
-from mug.run.training.bundle import Bundle
-from mug.run.training.bundle import write as write_bundle
-from mug.run.training.errors import RunError
+from mug.run.common import rank_env as places
+from mug.run.common.errors import RunError
+from mug.run.state import checkpoint, saver
+from mug.run.state.replay_bundle import Bundle
+from mug.run.state.replay_bundle import write as write_bundle
+from mug.run.state.saver import Saver
+from mug.run.state.sharded_state import ParamSlice, SavedState
 from mug.run.training.recipe import CheckpointConfig
-from mug.run.training.saver import Saver
-from mug.run.training.sharded_state import Piece, SavedState
 
 WEIGHT, FIRST_MOMENT = (f"{kind}-00000-of-00001.safetensors" for kind in ("weight", "exp_avg"))
+
+
+class Linear(Objective):
+    def __init__(self):
+        super().__init__(None, Context())
+        self.weight, self.bias = nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(2))
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
 
 
 class Engine:
     """What the saver asks a DeepSpeed engine of stage 0 for."""
 
-    global_rank, world_size = 0, 1
+    global_rank, world_size, averages = 0, 1, {}
 
     def __init__(self):
-        self.module = nn.Linear(3, 2)
+        self.module = Linear()
         self.optimizer = self.basic_optimizer = torch.optim.AdamW(self.module.parameters())
         self.train()
 
@@ -42,7 +53,7 @@ class Engine:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank():
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{hardware._free_port()}", rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{places.free_port()}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -94,7 +105,7 @@ def test_what_a_replay_bundle_starts_from_is_kept_as_long_as_the_bundle(tmp_path
 
 
 def test_a_replay_without_its_checkpoint_is_one_line(tmp_path):
-    with pytest.raises(RunError, match=r"^\S+checkpoint-2, the state before the step, is gone; put it back there.*$"):
+    with pytest.raises(RunError, match=r"^\S+checkpoint-2, the state before the step, is missing; restore it there.*$"):
         replay.find_state(tmp_path / "checkpoint-2")
 
 
@@ -113,7 +124,7 @@ def test_a_changed_byte_is_found_in_any_file(tmp_path, victim):
 def test_without_a_whole_checkpoint_the_run_does_not_start_over(tmp_path):
     save(tmp_path, 2)
     (tmp_path / "checkpoint-2" / WEIGHT).unlink()
-    with pytest.raises(RunError, match="none of its 1 checkpoints is whole"):
+    with pytest.raises(RunError, match="none of its 1 checkpoints is intact"):
         newest_step(tmp_path)
     assert checkpoint.newest(tmp_path / "new", warn=print) is None
 
@@ -141,7 +152,9 @@ def test_one_that_only_reads_leaves_the_damaged_where_it_is(tmp_path):
     assert names(tmp_path) == ["checkpoint-4", "checkpoint-2"]
 
 
-CALLS = [(checkpoint, name, call) for name in ("seal", "_write_text", "_sync_folder", "_prune") for call in (1, 2, 3)]
+CALLS = [
+    (checkpoint, name, call) for name in ("checksum", "_write_text", "_sync_folder", "_prune") for call in (1, 2, 3)
+]
 CALLS += [(saver, "write_pieces", call) for call in (1, 3)] + [(saver, "_copy", 1), (checkpoint, "open_partial", 1)]
 
 
@@ -192,8 +205,8 @@ def test_an_asynchronous_save_keeps_the_state_of_its_step(tmp_path, writing):
     writing.set()
     one.finish()
     saved = SavedState(tmp_path / "checkpoint-2")
-    assert torch.equal(saved.read("weight", Piece("weight", 0), 6), before.flatten())
-    assert torch.equal(saved.read("exp_avg", Piece("weight", 0), 6), moment.flatten())
+    assert torch.equal(saved.read("weight", ParamSlice("weight", 0), 6), before.flatten())
+    assert torch.equal(saved.read("exp_avg", ParamSlice("weight", 0), 6), moment.flatten())
     assert not torch.equal(one.engine.module.weight, before)
     assert checkpoint.verify(tmp_path / "checkpoint-2").manifest["adam_steps"] == 1
 
@@ -241,12 +254,12 @@ def test_a_save_is_due_after_minutes_without_one(tmp_path, monkeypatch):
     monkeypatch.setattr(saver.time, "monotonic", lambda: clock)
     one, never = saver_of(tmp_path, every_minutes=0.5), saver_of(tmp_path)
     clock = 29.0
-    assert not one.time_is_up()
+    assert not one.interval_elapsed()
     clock = 31.0
-    assert one.time_is_up() and not never.time_is_up()
+    assert one.interval_elapsed() and not never.interval_elapsed()
     begin(one, 2)
     clock = 60.0
-    assert not one.time_is_up()
+    assert not one.interval_elapsed()
 
 
 def test_a_run_that_has_updated_nothing_yet_is_saved_and_then_trains_as_any(tmp_path):
@@ -259,9 +272,9 @@ def test_a_run_that_has_updated_nothing_yet_is_saved_and_then_trains_as_any(tmp_
     oracle = torch.optim.AdamW(fresh.parameters())
     begin(one, 1)
     saved = SavedState(tmp_path / "checkpoint-1")
-    assert torch.equal(saved.read("weight", Piece("weight", 0), 6), fresh.weight.flatten())
-    assert not saved.read("exp_avg", Piece("weight", 0), 6).any()
-    assert not saved.read("exp_avg_sq", Piece("bias", 0), 2).any()
+    assert torch.equal(saved.read("weight", ParamSlice("weight", 0), 6), fresh.weight.flatten())
+    assert not saved.read("exp_avg", ParamSlice("weight", 0), 6).any()
+    assert not saved.read("exp_avg_sq", ParamSlice("bias", 0), 2).any()
     assert checkpoint.verify(tmp_path / "checkpoint-1").manifest["adam_steps"] == 0
     for step in range(2):
         for model, optimizer in ((module, one.engine.optimizer), (fresh, oracle)):

@@ -17,18 +17,20 @@ from PIL import Image
 
 from mug.data.crops import CentralSquare
 from mug.data.decode import decode_crop
-from mug.model.mug import MUG
-from mug.model.presets import ModelConfig, Vocabulary, resolve
+from mug.model.objectives.classify import Classify, ClassifyConfig
+from mug.model.objectives.mug import MUG, MUGConfig
+from mug.model.objectives.objective import Context, Objective
+from mug.model.objectives.segment import Segment, SegmentConfig
+from mug.model.presets import Vocabulary, resolve
 from mug.run import export
+from mug.run.common.errors import RunError
 from mug.run.exporting.card import model_card
 from mug.run.exporting.formats import FORMATS, normalized
-from mug.run.training.checkpoint import Checkpoint
-from mug.run.training.errors import RunError
+from mug.run.state.checkpoint import Checkpoint
 
-SIZES = ModelConfig(
-    image_size=32, patch_size=8, width=32, depth=2, heads=2, pixel_width=16, pixel_depth=1, pixel_heads=2
-)
+SIZES = MUGConfig(image_size=32, patch_size=8, width=32, depth=2, heads=2, pixel_width=16, pixel_depth=1, pixel_heads=2)
 SIZES = dataclasses.replace(SIZES, text_width=16, text_heads=2, text_unimodal_layers=1, text_cross_layers=1)
+CONTEXT = Context(vocabulary=Vocabulary(size=20, pad=0, bos=1, eos=2, mask=3))
 ONE_LEVEL = 1.5 / 255 / 0.224  # of grey, normalised: resizers round differently
 RECIPE = {"data": {"shards": None}, "seed": 0, "trainer": {"global_batch": 8}}
 RECIPE |= {"loss_weights": {"pixels": 1.0, "caption": 0.1}}
@@ -37,7 +39,7 @@ RECIPE |= {"loss_weights": {"pixels": 1.0, "caption": 0.1}}
 @pytest.fixture(scope="module")
 def model() -> MUG:
     torch.manual_seed(0)
-    model = MUG(resolve(SIZES), Vocabulary(size=20, pad=0, bos=1, eos=2, mask=3)).eval()
+    model = MUG(resolve(SIZES), CONTEXT).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
@@ -46,7 +48,7 @@ def model() -> MUG:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> Checkpoint:
-    """A checkpoint's folder and manifest, with the run's figures beside it."""
+    """A checkpoint's folder and manifest, with the run's metrics beside it."""
     run = tmp_path_factory.mktemp("runs") / "my_run"
     (run / "checkpoint-20").mkdir(parents=True)
     rows = [
@@ -185,7 +187,7 @@ def test_onnx_takes_any_batch_and_tells_no_paths(model, folders):
 def test_a_copy_of_every_preset_agrees(preset, name, found, tmp_path):
     text = {"text_width": 16, "text_heads": 2, "text_unimodal_layers": 1, "text_cross_layers": 1}  # is not exported
     torch.manual_seed(0)
-    model = MUG(resolve(ModelConfig(preset, **text)), Vocabulary(size=20, pad=0, bos=1, eos=2, mask=3)).eval()
+    model = MUG(resolve(MUGConfig(preset, **text)), CONTEXT).eval()
     assert export.export(name, FORMATS[name], model, found, tmp_path / name) < 1e-4
 
 
@@ -196,34 +198,96 @@ def test_the_card_says_where_the_weights_come_from(folders):
     assert header["license"] == ["apache-2.0", "cc-by-sa-4.0"]
     assert "# my_run\n" in text and "step 20" in text and "f1" * 32 in text
     assert "| loss/total | 1.2500 |" in text and "| accuracy/caption | 0.5000 |" in text
-    assert "9.0" not in text and "7.0" not in text, "figures of another step or kind"
+    line = "trained with the objective `mug`: MUG (arXiv 2301.07088): one encoder, a pixel decoder and a text decoder"
+    assert line in text and "Losses: pixels (weight 1), caption (weight 0.1)." in text
+    assert "9.0" not in text and "7.0" not in text, "metrics of another step or kind"
     assert re.search(r"commit `[0-9a-f]{40}`|commit unknown", text)
     assert "global_batch: 8" in text and "designed by OpenMoji" in text
 
 
-def test_a_figure_that_was_not_finite_is_left_out_of_the_card(tmp_path):
+def test_a_metric_that_was_not_finite_is_left_out_of_the_card(model, tmp_path):
     row = {"kind": "eval", "step": 20, "loss/total": None, "accuracy/caption": 0.5}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     found = Checkpoint(tmp_path / "checkpoint-20", {"step": 20, "recipe": RECIPE, "data": {"fingerprint": "f1"}})
-    card = model_card("run", FORMATS["timm"], resolve(SIZES), found)
+    card = model_card("run", FORMATS["timm"], model, found)
     assert "| accuracy/caption | 0.5000 |" in card and "loss/total" not in card
 
 
 def test_of_captions_alone_no_pixel_decoder_is_handed_over(model, found, tmp_path):
     recipe = {**RECIPE, "loss_weights": {"pixels": 0.0, "caption": 0.1}}
     alone = Checkpoint(found.folder, {**found.manifest, "recipe": recipe})
-    card = model_card("run", FORMATS["timm"], model.config, alone)
-    assert "a text decoder writes the caption" in card and "pixel decoder" not in card
-    trained = MUG(model.config, model.vocabulary, terms=("caption",)).eval()
+    trained = MUG(model.config, dataclasses.replace(CONTEXT, losses=("caption",))).eval()
+    card = model_card("run", FORMATS["timm"], trained, alone)
+    assert "Losses: caption (weight 0.1)." in card
     with pytest.raises(RunError, match="vitmae: the pixel decoder was not trained"):
         export.export("vitmae", FORMATS["vitmae"], trained, alone, tmp_path / "vitmae")
+
+
+# --- Encoders of other objectives -----------------------------------------------------------------------------
+
+TUNED = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 4, "heads": 2}
+
+
+def tuned(norm_eps: float = 1e-6) -> Classify:
+    """A classifier whose every parameter matters, its positions among them."""
+    torch.manual_seed(0)
+    model = Classify(resolve(ClassifyConfig(**TUNED, norm_eps=norm_eps)), Context(class_names=("cat", "dog"))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model
+
+
+def trained_on(model: Objective, found: Checkpoint, **data: object) -> Checkpoint:
+    recipe = {**RECIPE, "loss_weights": dict(model.losses), "data": data}
+    return Checkpoint(found.folder, {**found.manifest, "recipe": recipe})
+
+
+@pytest.mark.parametrize("name", ["timm", "transformers", "onnx"])
+def test_a_finetuned_encoder_is_handed_over_with_its_learned_positions(name, found, tmp_path):
+    model = tuned()
+    imagenet = trained_on(model, found, images="imagenet")
+    assert export.export(name, FORMATS[name], model, imagenet, tmp_path / name) < 1e-4
+    text = (tmp_path / name / "README.md").read_text()
+    assert "trained with the objective `classify`: An encoder with a linear layer on top" in text
+    assert "Losses: class (weight 1)." in text and "Positions are learned." in text
+    assert "Data: imagenet" in text and "the licence is not recorded" in text
+    assert "MUG" not in text
+
+
+@pytest.mark.parametrize("name", ["transformers", "onnx"])
+def test_the_epsilon_of_the_norms_goes_along(name, found, tmp_path):
+    model = tuned(norm_eps=1e-2)  # so large that it shows
+    assert export.export(name, FORMATS[name], model, trained_on(model, found, images="x"), tmp_path / name) < 1e-4
+
+
+def test_what_a_format_cannot_hold_is_refused(found, tmp_path):
+    model = tuned(norm_eps=1e-12)
+    for name, says in (("timm", "eps 1e-06, not 1e-12"), ("vitmae", "objective classify has no pixel decoder")):
+        with pytest.raises(RunError, match=f"{name}: .*{says}; choose another --format"):
+            export.export(name, FORMATS[name], model, trained_on(model, found, images="x"), tmp_path / name)
+    segment = Segment(resolve(SegmentConfig(**TUNED, channels=8)), Context(class_names=("a", "b")))
+    with pytest.raises(RunError, match="does not hold a complete encoder: objective segment has no final norm"):
+        export.export("timm", FORMATS["timm"], segment, trained_on(segment, found, folder="x"), tmp_path / "timm")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_streams_of_a_mixture_are_all_named(model, found):
+    streams = {"web": {"config": {"shards": "web.tar"}, "weight": 2.0}}
+    streams |= {"emoji": {"config": {"shards": None}, "weight": 1.0}}
+    recipe = {**RECIPE, "data": streams}
+    card = model_card("run", FORMATS["timm"], model, Checkpoint(found.folder, {**found.manifest, "recipe": recipe}))
+    assert "web: web.tar\n\nemoji: the embedded OpenMoji set\n" in card and "the licence is not recorded" in card
+
+
+# --- The command ----------------------------------------------------------------------------------------------
 
 
 def test_a_format_that_is_named_twice_is_written_once(model, found, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["export.py", "run", "--format", "timm", "timm", "--out", str(tmp_path)])
     monkeypatch.setattr(export, "restore", lambda *_: (model, None, found))
     said = []
-    export.main(SimpleNamespace(say=said.append, warn=said.append))
+    export.main(SimpleNamespace(info=said.append, warn=said.append))
     assert len(said) == 2 and (tmp_path / "timm" / "model.safetensors").is_file()
 
 
@@ -233,11 +297,11 @@ def test_the_licence_of_own_shards_is_left_to_their_owner(model, found, tmp_path
     export.export("timm", FORMATS["timm"], model, own, tmp_path / "timm")
     text = (tmp_path / "timm" / "README.md").read_text()
     assert yaml.safe_load(text.split("---")[1])["license"] == "apache-2.0"
-    assert "OpenMoji" not in text and "the licence of these shards is not recorded" in text
+    assert "OpenMoji" not in text and "Data: cc3m/{00000..00331}.tar" in text and "the licence is not recorded" in text
 
 
 def test_weights_that_are_not_finite_are_refused(model, found, tmp_path):
-    broken = MUG(model.config, model.vocabulary)
+    broken = MUG(model.config, CONTEXT)
     broken.encoder.norm.weight.data[0] = torch.nan
     with pytest.raises(RunError, match=r"checkpoint-20: the model's output is not finite"):
         export.export("timm", FORMATS["timm"], broken, found, tmp_path / "timm")
@@ -278,6 +342,6 @@ def test_a_mistake_on_the_command_line_is_named(arguments, names):
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "timm").mkdir()
     (tmp_path / "file").write_text("")
-    for folder, message in (("timm", "is there already"), ("file/timm", "is no folder")):
+    for folder, message in (("timm", "exists; remove it"), ("file/timm", "cannot write to")):
         with pytest.raises(RunError, match=message):
             export.check_target(tmp_path / folder)

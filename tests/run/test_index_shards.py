@@ -3,20 +3,21 @@
 import io
 import json
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from commands import run_script
 
-from mug.data.index import Index
+from mug.data.index.index import Index
 
 ROOT = Path(__file__).parents[2]
 
 
 def index_shards(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "run/index_shards.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return run_script("run/index_shards.py", *arguments)
 
 
 @pytest.fixture
@@ -47,16 +48,16 @@ def test_indexes_and_keeps_what_it_has(tars):
     assert "0 samples indexed" in again.stdout and index.fingerprint[:16] in again.stdout
 
 
-def test_a_cut_shard_is_named_with_status_1(tars):
+def test_a_cut_shard_is_named_with_status_2(tars):
     whole = (tars / "00000.tar").read_bytes()
     (tars / "00000.tar").write_bytes(whole[: len(whole) // 2])
     (tars / "00001_stats.json").write_text('{"successes": 4}')
     result = index_shards(f"{tars}/*.tar", "--out", tars / "index")
-    assert result.returncode == 1
+    assert result.returncode == 2
     lines = result.stderr.splitlines()
     assert lines[0].startswith(f"error: shard '{tars}/00000.tar' is cut short")
-    assert lines[1] == f"error: shard '{tars}/00001.tar' holds 3 samples, but 00001_stats.json says 4: fetch both anew"
-    assert lines[2:] == ["error: 2 of 2 shards cannot be used, so the index is not finished"]
+    assert lines[1] == f"error: shard '{tars}/00001.tar' holds 3 samples, but 00001_stats.json has 4: fetch both again"
+    assert lines[2:] == ["error: 2 of 2 shards cannot be used, so the index is incomplete"]
     assert not (tars / "index" / "manifest.arrow").exists()
 
 
@@ -77,3 +78,19 @@ def test_user_errors_are_one_line_with_status_2(tars, arguments, reason):
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1 and reason in result.stderr
     assert not (ROOT / "ran").exists()
+
+
+def test_captions_that_are_missing_or_chosen_are_reported(tmp_path):
+    table = pa.table({"jpg": [b"x"] * 4, "TEXT": ["a", "b", "c", None], "prompt": ["d"] * 4, "blurb": ["e"] * 4})
+    pq.write_table(table, tmp_path / "a.parquet")
+    pq.write_table(table.select(["jpg", "blurb"]), tmp_path / "b.parquet")
+    chosen = index_shards(tmp_path / "a.parquet", "--out", tmp_path / "a")
+    assert chosen.returncode == 0, chosen.stderr
+    assert "captions are taken from column 'TEXT', not 'prompt'; choose another by --caption" in chosen.stdout
+    assert "warning" not in chosen.stdout
+    missing = index_shards(tmp_path / "b.parquet", "--out", tmp_path / "b")
+    assert (
+        "none of 4 samples read have a caption; the shards have columns jpg (binary), blurb (string)" in missing.stdout
+    )
+    named = index_shards(tmp_path / "b.parquet", "--out", tmp_path / "b", "--caption", "blurb")
+    assert named.returncode == 0 and "warning" not in named.stdout

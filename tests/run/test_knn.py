@@ -6,11 +6,11 @@ import torch
 from scipy import stats
 from sklearn.neighbors import KNeighborsClassifier
 
-from mug.run import knn
-from mug.run.evaluation import intervals
-from mug.run.evaluation.intervals import Accuracy
-from mug.run.evaluation.knn import CHUNK, TEMPERATURE, predict
-from mug.run.training.errors import RunError
+from mug.run import evaluate, knn
+from mug.run.common.errors import RunError
+from mug.run.evaluators import intervals
+from mug.run.evaluators.intervals import Accuracy
+from mug.run.evaluators.knn import CHUNK, TEMPERATURE, KNNConfig, predict
 
 
 def clusters(seed: int, count: int, classes: int = 5, width: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,7 +51,8 @@ def test_intervals_are_those_of_statistics():
     wilson = stats.binomtest(140, 200).proportion_ci(method="wilson")
     assert Accuracy((0.7,), images=200).test_interval() == pytest.approx((wilson.low, wilson.high), abs=1e-6)
     assert Accuracy((0.7,), images=200).seed_interval() is None
-    assert pytest.approx([stats.t.ppf(0.975, df) for df in range(1, intervals.MOST_SEEDS)], abs=1e-6) == intervals.T
+    assert Accuracy((0.0,), images=200).test_interval()[0] == 0 and Accuracy((1.0,), images=9).test_interval()[1] == 1
+    assert pytest.approx([stats.t.ppf(0.975, df) for df in range(1, intervals.MAX_SEEDS)], abs=1e-6) == intervals.T
 
 
 def test_the_line_says_percent_and_both_intervals():
@@ -62,12 +63,12 @@ def test_the_line_says_percent_and_both_intervals():
 
 BASIC = ["run", "--data", "openmoji"]
 MISTAKES = {
-    "unknown encoder": ([*BASIC, "--encoder", "randon"], "--encoder randon is not one of checkpoint, random, pixels"),
-    "no neighbours": ([*BASIC, "--k", "0"], "--k must be at least 1"),
+    "unknown encoder": ([*BASIC, "--encoder", "randon"], "randon"),
+    "no neighbours": ([*BASIC, "--k", "[3, 0]"], "--k must be at least 1"),
     "too many seeds": ([*BASIC, "--seeds", "11"], "--seeds must lie between 1 and 10"),
     "no batch": ([*BASIC, "--batch", "0"], "--batch must be at least 1"),
-    "folder of results": ([*BASIC, "--json", "nowhere/results.jsonl"], "nowhere/results.jsonl: name a file"),
-    "a folder for results": ([*BASIC, "--json", "/proc"], "--json /proc: name a file"),
+    "folder of results": ([*BASIC, "--json", "nowhere/results.jsonl"], "nowhere/results.jsonl: cannot write there"),
+    "a folder for results": ([*BASIC, "--json", "/proc"], "--json /proc: cannot write there"),
     "no data": (["run"], "data"),
     "unknown flag": ([*BASIC, "--neighbours", "3"], "--neighbours"),
 }
@@ -81,5 +82,26 @@ def test_a_mistake_on_the_command_line_is_named(case):
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_a_number_of_neighbours_that_is_named_twice_counts_once():
-    assert knn.parse([*BASIC, "--k", "20", "5", "20"]).k == [5, 20]
+def test_a_script_is_short_for_the_evaluation_of_its_name():
+    sections = ["--eval", "knn", "--knn.data", "openmoji", "--knn.k", "[5, 20]", "--batch", "7"]
+    same = knn.parse([*BASIC, "--k", "[5, 20]", "--batch", "7"])
+    assert evaluate.parse(["run", *sections]) == same and same.evals["knn"] == KNNConfig(data="openmoji", k=(5, 20))
+    both = evaluate.parse(["run", *sections, "--eval=captions", "--captions.beams", "2"])
+    assert list(both.evals) == ["knn", "captions"] and both.evals["captions"].beams == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--eval is missing; give one or more of attentive_probe, captions"),
+        (["--eval", "knnn"], "'knnn' is not one of the evaluations attentive_probe, captions"),
+        (["--eval", "knn"], "knn.data"),
+        (["--eval", "retrieval", "--retrieval.limit", "0"], "--retrieval.limit must be at least 1, not 0"),
+        (["--eval", "retrieval", "--captions.beams", "2"], "captions.beams"),
+        (["--eval", "zero_shot", "--zero_shot.data", "x", "--zero_shot.templates", "[photo]"], "--zero_shot.templates"),
+    ],
+)
+def test_a_mistake_of_evaluate_is_named(arguments, message):
+    with pytest.raises(RunError) as refused:
+        evaluate.parse(["run", *arguments])
+    assert message in str(refused.value) and "\n" not in str(refused.value)

@@ -3,24 +3,35 @@
 import gzip
 import io
 import json
+import os
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from commands import run_script
 from PIL import Image
 
 from mug.data.errors import DataError
+from mug.data.labelled_sources import Source, open_folder, open_splits
 from mug.model.encoder import Encoder
-from mug.model.presets import ModelConfig, resolve
-from mug.run.evaluation.datasets import Source, open_folder, open_splits
-from mug.run.evaluation.features import EncoderFeatures, PixelFeatures, cached_features, extract, random_encoder
-from mug.run.training.errors import RunError
+from mug.model.objectives.mug import MUG, MUGConfig
+from mug.model.objectives.objective import Context
+from mug.model.presets import Vocabulary, resolve
+from mug.run.common.errors import RunError
+from mug.run.evaluate import process_group
+from mug.run.evaluators.features import (
+    EncoderFeatures,
+    PixelFeatures,
+    cached_features,
+    extract,
+    fast_products,
+    untrained_encoder,
+)
 
 ROOT = Path(__file__).parents[2]
 RANDOM = np.random.default_rng(0)
@@ -69,8 +80,7 @@ def write_fashion_mnist(folder: Path, labels: np.ndarray, images: int = 6) -> No
 
 
 def build_shards(*arguments: object) -> None:
-    command = [sys.executable, "run/build_shards.py", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run_script("run/build_shards.py", *arguments)
     assert done.returncode == 0, done.stderr
 
 
@@ -99,7 +109,7 @@ def test_shards(tmp_path, format):
     shards = f"{tmp_path}/shards/*.{format}"
     splits = open_splits(shards, shards, "label", str(tmp_path / "cache"))
     assert seen(splits.train) == EXPECTED
-    with pytest.raises(RunError, match="its json has no 'colour'; name the label's key"):
+    with pytest.raises(DataError, match="its json has no 'colour'; give the label's key"):
         open_splits(shards, shards, "colour", str(tmp_path / "cache"))
 
 
@@ -124,7 +134,7 @@ def test_fashion_mnist_and_its_shards_hold_the_same(tmp_path):
 
 
 def test_pairs_of_fashion_mnist_are_captioned_by_class(tmp_path):
-    from mug.data.fashion_mnist import fashion_mnist_pairs
+    from mug.data.builders.fashion_mnist import fashion_mnist_pairs
 
     write_fashion_mnist(tmp_path, np.array([0, 9, 7, 1, 1, 3]))
     pairs = list(fashion_mnist_pairs(tmp_path, lambda key: key.startswith("t10k/")))
@@ -137,7 +147,7 @@ def test_pairs_of_fashion_mnist_are_captioned_by_class(tmp_path):
 
 
 def refused(message: str, data: Path | str, label: str = "class", test: str | None = None) -> None:
-    with pytest.raises((RunError, DataError), match=re.escape(message)) as caught:
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
         open_splits(str(data), test, label, None)
     assert "\n" not in str(caught.value)
 
@@ -146,19 +156,19 @@ def test_an_empty_class_folder_is_named(tmp_path):
     for split in ("train", "val"):
         write_folder(tmp_path / split)
     (tmp_path / "train" / "fox").mkdir()
-    refused(f"class folder {tmp_path}/train/fox holds no image; fill it or remove it", tmp_path)
+    refused(f"class folder {tmp_path}/train/fox does not hold an image; fill it or remove it", tmp_path)
 
 
 def test_no_classes_one_class_an_unknown_class_and_no_test_images(tmp_path):
-    refused("name the test images too (--test)", tmp_path)
+    refused("give the test images, too (--test)", tmp_path)
     for name in ("none/train", "none/test", "one/train/cat", "one/test/cat", "new/train", "new/test/fox"):
         (tmp_path / name).mkdir(parents=True)
-    refused("holds no class folders", tmp_path / "none")
+    refused("does not hold class folders", tmp_path / "none")
     for place in ("one/train/cat/1.png", "one/test/cat/1.png", "new/test/fox/1.png"):
         (tmp_path / place).write_bytes(png(PICTURES[0]))
     refused("all of one class (cat)", tmp_path / "one")
     write_folder(tmp_path / "new" / "train")
-    refused("1.png: its label 'fox' is none of the 3 classes", tmp_path / "new")
+    refused("1.png: its label 'fox' is not one of the training images' 3 classes", tmp_path / "new")
 
 
 def test_labels_out_of_range_are_named(tmp_path):
@@ -185,24 +195,30 @@ def test_damaged_and_missing_files_are_named(tmp_path):
         open_folder(tmp_path / "a").view(0, 12)
 
 
+@pytest.fixture
+def one_rank():
+    with patch.dict(os.environ), process_group():  # which puts its place into the environment
+        yield
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_read_is_one_line_from_a_worker_too(tmp_path, workers):
     write_folder(tmp_path)
     (tmp_path / "dog" / "broken.png").write_bytes(png(PICTURES[0])[:60])
-    with pytest.raises(DataError, match=r"dog/broken\.png: PNG damaged.*; mend it or take it out") as refused:
+    with pytest.raises(DataError, match=r"dog/broken\.png: PNG damaged.*; fix or remove it") as refused:
         extract(PixelFeatures(), open_folder(tmp_path), 4, workers, "cpu")
     assert "\n" not in str(refused.value)
     (tmp_path / "dog" / "broken.png").unlink()
     source = open_folder(tmp_path)
     (tmp_path / "dog" / "deeper" / "4.png").unlink()
-    with pytest.raises(DataError, match=r"4\.png: No such file or directory; mend it or take it out"):
+    with pytest.raises(DataError, match=r"4\.png: No such file or directory; fix or remove it"):
         extract(PixelFeatures(), source, 4, workers, "cpu")
 
 
 def test_a_link_that_leads_nowhere_is_named(tmp_path):
     write_folder(tmp_path)
     (tmp_path / "dog" / "link.png").symlink_to(tmp_path / "nowhere.png")
-    with pytest.raises(RunError, match=r"dog/link\.png: No such file or directory; mend it or take it out"):
+    with pytest.raises(DataError, match=r"dog/link\.png: No such file or directory; fix or remove it"):
         open_folder(tmp_path)
 
 
@@ -214,7 +230,7 @@ def test_features_stand_in_the_order_of_the_images(tmp_path):
     assert np.array_equal((features * 255).round().numpy(), expected.reshape(6, -1))
 
 
-def test_features_are_made_once_and_anew_where_their_file_is_damaged(tmp_path):
+def test_features_are_made_once_and_anew_where_their_file_is_damaged(tmp_path, one_rank):
     made = []
 
     def make() -> dict[str, torch.Tensor]:
@@ -231,24 +247,54 @@ def test_features_are_made_once_and_anew_where_their_file_is_damaged(tmp_path):
     assert len(made) == 2 and list((tmp_path / "features").iterdir()) == [kept]
 
 
-def test_a_folder_that_cannot_keep_features_is_refused_before_they_are_made():
+def test_a_folder_that_cannot_keep_features_is_refused_before_they_are_made(one_rank):
     for folder in (Path("/proc/self"), Path("/proc/self/features")):  # no rights help to write there
-        with pytest.raises(RunError, match=rf"features cannot be kept in {folder} \(.*\): name another --cache"):
+        with pytest.raises(RunError, match=rf"cannot write features to {folder} \(.*\): choose another --cache"):
             cached_features(folder, "key", lambda: pytest.fail("made in vain"))
 
 
 def test_encoders_of_the_same_weights_and_other_heads_have_other_features():
     sizes = {"image_size": 12, "patch_size": 4, "width": 16, "depth": 1}
-    keys = {
-        heads: EncoderFeatures(random_encoder(resolve(ModelConfig(heads=heads, **sizes)), 0), 12).key()
-        for heads in (2, 4)
-    }
+    configs = {heads: resolve(MUGConfig(heads=heads, **sizes)) for heads in (2, 4)}
+    vocabulary = Vocabulary(20, 0, 1, 2, 3)
+    objectives = {heads: MUG(config, Context(vocabulary=vocabulary)) for heads, config in configs.items()}
+    keys = {heads: EncoderFeatures(untrained_encoder(one, 0), 12).key() for heads, one in objectives.items()}
     assert keys[2] != keys[4]
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path):
     write_folder(tmp_path)
-    encoder = Encoder(resolve(ModelConfig(image_size=12, patch_size=4, width=16, depth=1, heads=2)))
+    encoder = Encoder(resolve(MUGConfig(image_size=12, patch_size=4, width=16, depth=1, heads=2)))
     torch.nn.init.constant_(encoder.norm.weight, torch.nan)
     with pytest.raises(RunError, match=r"class token of 6 of 6 images is not finite, .*\.png the first; the weights"):
         extract(EncoderFeatures(encoder, 12), open_folder(tmp_path), 4, 0, "cpu")
+
+
+def test_a_folder_as_notebooks_and_desktops_leave_it(tmp_path, caplog):
+    """Neither a class .ipynb_checkpoints nor copies of images; every format; linked folders; the rest is counted."""
+    kinds = {"bmp": "BMP", "gif": "GIF", "TIF": "TIFF", "PNG": "PNG"}
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        for suffix, kind in kinds.items():
+            Image.fromarray(PICTURES[0]).convert("RGB").save(tmp_path / label / f"a.{suffix}", kind)
+    for hidden in (tmp_path / ".ipynb_checkpoints", tmp_path / "cat" / ".ipynb_checkpoints"):
+        hidden.mkdir()
+        (hidden / "a-checkpoint.png").write_bytes(png(PICTURES[0]))
+    (tmp_path / "emu").symlink_to(tmp_path / "dog")
+    (tmp_path / "dog" / "Thumbs.db").write_bytes(b"x")
+    source = open_folder(tmp_path)
+    assert source.labels == ["cat"] * 4 + ["dog"] * 4 + ["emu"] * 4
+    assert all(source.view(number, 12).shape == (3, 12, 12) for number in range(12))
+    (line,) = caplog.messages
+    assert "2 hidden folders" in line and "2 files that are not images by their names" in line and "Thumbs.db" in line
+
+
+def test_products_are_fast_on_a_gpu_alone_and_as_before_afterwards():
+    before = torch.get_float32_matmul_precision()
+    with fast_products("cuda:0"):
+        assert torch.get_float32_matmul_precision() == "high"
+    with fast_products("cpu"):
+        assert torch.get_float32_matmul_precision() == before
+    with pytest.raises(ValueError), fast_products(torch.device("cuda")):
+        raise ValueError
+    assert torch.get_float32_matmul_precision() == before

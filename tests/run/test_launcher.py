@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 # The rank: says that it knows its launcher, and after a line on its input whether that is gone, or was not within 2 s.
 RANK = """
 import sys, time
-from mug.run.training.launcher import LAUNCHER
-print(len(LAUNCHER.line), flush=True)
+from mug.run.cluster.launcher import LAUNCHER
+print(len(LAUNCHER.ancestor_pids), flush=True)
 sys.stdin.readline()
 deadline = time.monotonic() + float(sys.argv[1])
 while not LAUNCHER.is_gone() and time.monotonic() < deadline:

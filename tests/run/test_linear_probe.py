@@ -7,8 +7,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from mug.run import linear_probe
-from mug.run.evaluation.linear import ProbeConfig, _schedule, train_probe
-from mug.run.training.errors import RunError
+from mug.run.common.errors import RunError
+from mug.run.evaluators.linear_probe import ProbeConfig, _schedule, train_probe
 
 
 def features(seed: int, count: int, classes: int = 4, width: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +53,7 @@ def test_the_matrix_starts_with_the_step_of_lars(data):
     train, labels, *_ = data
     torch.manual_seed(0)
     config = ProbeConfig(epochs=1, warmup_epochs=0, batch=len(train), learning_rate=2.0)
-    from mug.run.evaluation.linear import build_probe
+    from mug.run.evaluators.linear_probe import build_probe
 
     with torch.random.fork_rng():
         torch.manual_seed(7)

@@ -1,33 +1,35 @@
 """The options and recipe keys are frozen: a new one is a decision, not an accident.
 
-After such a decision, write the new lists down: python tests/run/test_options.py
+After such a decision, or for a new objective, write the new lists: python tests/run/test_options.py
 """
 
 from pathlib import Path
 
 import pytest
 
-from mug.run.finetuning import recipe as finetuning
-from mug.run.segmentation import recipe as segmenting
-from mug.run.training import recipe as training
-from mug.run.training.command_line import Parser
+from mug.model.objectives.objective import objective_names
+from mug.run.training.recipe import Named, build_parser
 
-FROZEN = {"options.txt": training.build_parser, "finetune_options.txt": finetuning.build_parser}
-FROZEN["segment_options.txt"] = segmenting.build_parser
-HERE = Path(__file__).parent
+FROZEN = Path(__file__).parent / "options"
 
 
-def options(parser: Parser) -> str:
-    """A line an option: its dotted name and its default."""
-    defaults = vars(parser.get_defaults().as_flat())
+def options(objective: str) -> str:
+    """A line an option of a command that trains this objective: its dotted name and its default."""
+    defaults = vars(build_parser("x.py", "", Named(objective)).get_defaults().as_flat())
     return "".join(f"{name} = {value!r}\n" for name, value in sorted(defaults.items()))
 
 
-@pytest.mark.parametrize("name", FROZEN)
+@pytest.mark.parametrize("name", objective_names())
 def test_options_are_those_that_were_decided_on(name):
-    assert options(FROZEN[name]()) == (HERE / name).read_text()
+    assert options(name) == (FROZEN / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def test_no_list_is_of_an_objective_that_is_gone():
+    assert [path.stem for path in sorted(FROZEN.iterdir())] == objective_names()
 
 
 if __name__ == "__main__":
-    for name, build_parser in FROZEN.items():
-        (HERE / name).write_text(options(build_parser()))
+    for old in FROZEN.glob("*.txt"):
+        old.unlink()
+    for name in objective_names():
+        (FROZEN / f"{name}.txt").write_text(options(name), encoding="utf-8")

@@ -7,31 +7,33 @@ import math
 import re
 import shutil
 import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import run_script
 from PIL import Image
 
 from mug.run import report
+from mug.run.common.errors import RunError
 from mug.run.reporting import sections
 from mug.run.reporting.chart import smoothed, thinned
+from mug.run.reporting.grid import Picture, draw_grid, read_grid
+from mug.run.reporting.grid import Row as GridRow
 from mug.run.reporting.runs import open_runs
-from mug.run.training.checkpoint import commit, open_partial
-from mug.run.training.errors import RunError
-from mug.run.training.pictures import Sample, draw_grid, read_grid
+from mug.run.state.checkpoint import commit, open_partial
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 STEPS = range(10, 110, 10)
+COLUMNS = ("original", "masked", "reconstruction")
 
 
 def train_row(step: int, pixels: float | None) -> dict:
-    figures = {"loss/pixels": pixels, "images_per_s": 1000.0 + step, "data_wait": 0.01, "strange_figure": step**2}
-    return {"kind": "train", "step": step, "position": 4 * step, **figures}
+    metrics = {"loss/pixels": pixels, "images_per_s": 1000.0 + step, "data_wait": 0.01, "strange_figure": step**2}
+    return {"kind": "train", "step": step, "position": 4 * step, **metrics}
 
 
 def make_run(folder: Path, scale: float, recipe: dict) -> list[dict]:
@@ -51,8 +53,8 @@ def make_run(folder: Path, scale: float, recipe: dict) -> list[dict]:
     open_partial(folder, 60)
     commit(folder, 60, {}, {"recipe": recipe}, {}, keep=1)
     bad = [(3, "a.tar", "damaged"), (8, "b.tar", "<too> large"), (9, "a.tar", "damaged")]
-    ledger = [{"position": p, "shard": s, "key": f"key{p}", "reason": r, "shard_samples": 5} for p, s, r in bad]
-    (folder / "ledger.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in ledger))
+    bad_samples = [{"position": p, "shard": s, "key": f"key{p}", "reason": r, "shard_samples": 5} for p, s, r in bad]
+    (folder / "bad_samples.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in bad_samples))
     knn = {"method": "kNN", "encoder": "e", "data": "d", "feature": "f", "setting": "k = 10", "seeds": 3}
     knn |= {"accuracy": 0.5, "deviation": 0.01, "test_interval": [0.4, 0.6]}
     results = [{**knn, "accuracy": 0.1}, knn, {"method": "captions", "encoder": "e", "data": "d", "BLEU-4": 12.345}]
@@ -60,13 +62,12 @@ def make_run(folder: Path, scale: float, recipe: dict) -> list[dict]:
     for step in (50, 100):
         shades = [torch.full((3, 16, 16), shade, dtype=torch.uint8) for shade in (10, 128, step)]
         captions = {"written": f"a <b> at {step}", "true": "the truth"}
-        draw_grid([Sample(*shades, captions)], folder / "samples" / f"step-{step}.png")
+        draw_grid([Picture(dict(zip(COLUMNS, shades, strict=True)), captions)], folder / "samples" / f"step-{step}.png")
     return rows
 
 
 def start(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "run/report.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return run_script("run/report.py", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,9 @@ def made(tmp_path_factory) -> tuple[Path, dict[str, list[dict]]]:
 
 
 def chart(page: str, title: str) -> str:
-    return re.search(rf'<figure class="chart"><figcaption><b>{re.escape(title)}</b>.*?</figure>', page).group()
+    return re.search(
+        rf'<figure class="chart"><figcaption><b>{re.escape(title)}</b>.*?</figure>', page, re.DOTALL
+    ).group()
 
 
 def number(label: str) -> float:
@@ -148,7 +151,7 @@ def test_every_figure_of_the_rows_is_there_by_value(made):
 
 def cells(page: str, heading: str) -> list[list[str]]:
     """The text of the cells of the first table after a heading."""
-    table = re.search(r"<table>.*?</table>", page[page.index(heading) :]).group()
+    table = re.search(r"<table>.*?</table>", page[page.index(heading) :], re.DOTALL).group()
     rows = re.findall(r"<tr>(.*?)</tr>", table)
     return [[re.sub("<.*?>", "", cell) for cell in re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row)] for row in rows]
 
@@ -169,7 +172,7 @@ def test_tables_say_what_the_folders_hold(made):
         "50.00% ± 1.00 (3 seeds), 95% over test images 40.00% to 60.00%",
     ]
     assert transfer[3][1:] == ["captions", "d", "e", "", "BLEU-4 12.35"]
-    assert cells(page, "<h2>Data ledger")[1:] == [["damaged", "2"], ["&lt;too&gt; large", "1"]]
+    assert cells(page, "<h2>Bad samples")[1:] == [["damaged", "2"], ["&lt;too&gt; large", "1"]]
     assert cells(page, "shard (of 2)") and "key9" in page
     assert cells(page, "What differs") == [["", "one", "two"], ["trainer.lr", "0.1", "0.2"]]
     assert cells(page, "<h2>Restarts")[1:] == [
@@ -197,7 +200,7 @@ def test_what_interruptions_and_saves_cost(tmp_path):
 
 def test_pictures_and_captions_of_every_evaluation(made):
     page = made[0].read_text()
-    strips = re.findall(r'<div class="strip">.*?</div>', page)
+    strips = re.findall(r'<div class="strip">.*?</div>', page, re.DOTALL)
     assert len(strips) == 2
     encoded = re.findall(r'src="data:image/jpeg;base64,(.*?)"', strips[0])
     shades = [np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))).mean() for text in encoded]
@@ -205,6 +208,22 @@ def test_pictures_and_captions_of_every_evaluation(made):
     texts = re.findall(r"<figcaption><b>(.*?)</b> (.*?)</figcaption>", strips[0])
     written = [(f"step {step}", f"a &lt;b&gt; at {step}") for step in (50, 100)]
     assert texts == [("original", "the truth"), ("masked", ""), *written]
+
+
+def test_it_opens_with_the_latest_pictures_and_how_they_came_about(made):
+    page = made[0].read_text()
+    assert page.index("<h2>At a glance") < page.index("<h2>Runs")
+    heroes = re.findall(r'<img class="hero" alt="(.*?)" src="data:image/(.*?);base64,(.*?)">', page)
+    assert [(text, form) for text, form, _ in heroes] == 2 * [
+        ("written: a &lt;b&gt; at 100, true: the truth", "png"),
+        ("reconstructions through training", "webp"),
+    ]
+    moving = Image.open(io.BytesIO(base64.b64decode(heroes[1][2])))
+    shades = []
+    for frame in range(moving.n_frames):
+        moving.seek(frame)
+        shades.append(np.asarray(moving.convert("L"))[300, 100])  # of the reconstruction
+    assert shades == pytest.approx([50, 100], abs=4)
 
 
 def test_the_page_needs_nothing_else(made):
@@ -256,13 +275,26 @@ def test_smoothing_is_the_exponential_mean():
 
 def test_a_grid_is_read_as_it_was_drawn(tmp_path):
     shades = [torch.randint(0, 256, (3, 128, 128), dtype=torch.uint8) for _ in range(6)]
-    samples = [Sample(*shades[:3], {"written": "ä"}), Sample(*shades[3:], {})]
-    draw_grid(samples, tmp_path / "grid.png")
-    read = read_grid(tmp_path / "grid.png")
-    assert [captions for _, captions in read] == [{"written": "ä"}, {}]
-    for (images, _), sample in zip(read, samples, strict=True):
-        for image, tensor in zip(images, (sample.original, sample.masked, sample.reconstruction), strict=True):
-            assert np.array_equal(np.asarray(image).transpose(2, 0, 1), tensor.numpy())
+    for columns in (COLUMNS, COLUMNS[:1]):  # and of an objective that paints nothing
+        pictures = [
+            Picture(dict(zip(columns, shades[:3], strict=False)), {"written": "ä"}),
+            Picture(dict(zip(columns, shades[3:], strict=False)), {}),
+        ]
+        draw_grid(pictures, tmp_path / "grid.png")
+        read = read_grid(tmp_path / "grid.png")
+        assert [row.captions for row in read] == [{"written": "ä"}, {}]
+        for row, picture in zip(read, pictures, strict=True):
+            assert list(row.images) == list(columns)
+            for name, image in row.images.items():
+                assert np.array_equal(np.asarray(image).transpose(2, 0, 1), picture.images[name].numpy())
+
+
+def test_a_strip_of_a_model_that_only_writes_has_a_caption_a_step():
+    original = Image.new("RGB", (8, 8))
+    rows = [GridRow({"original": original}, {"written": f"at {step}", "true": "a <b>"}) for step in (1, 2)]
+    strip = sections._strip([1, 2], rows)
+    assert [bool(url) for url, _, _ in strip] == [True, False, False]
+    assert [cell[1:] for cell in strip] == [("original", "a <b>"), ("step 1", "at 1"), ("step 2", "at 2")]
 
 
 def test_a_mistake_is_one_line(tmp_path):
@@ -272,9 +304,9 @@ def test_a_mistake_is_one_line(tmp_path):
     make_run(tmp_path / "good", 1.0, {})
     for arguments, names in (
         ([], "runs"),
-        ([tmp_path / "missing"], "missing: no such folder"),
-        ([tmp_path / "good", tmp_path / "empty"], "empty holds no metrics.jsonl"),
-        ([tmp_path / "strange"], "strange holds no metrics.jsonl with rows"),
+        ([tmp_path / "missing"], "missing: no such directory"),
+        ([tmp_path / "good", tmp_path / "empty"], "empty does not hold a metrics.jsonl"),
+        ([tmp_path / "strange"], "strange does not hold a metrics.jsonl with rows"),
         ([tmp_path / "good", tmp_path / "good" / "."], "good is named twice"),
         ([tmp_path / "good", "--out", tmp_path], "--out"),
     ):

@@ -1,4 +1,4 @@
-"""Segmentation: views against the images they come from, figures against scikit-learn, runs as users start them."""
+"""Segmentation: views against the images they come from, metrics against scikit-learn, runs as users start them."""
 
 import json
 import os
@@ -12,36 +12,38 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from commands import run_script
 from PIL import Image
 from sklearn.metrics import jaccard_score
 from torchmetrics.classification import MulticlassJaccardIndex
+from train_commands import DEEPSPEED, recipe_of
 
 from mug.data.errors import DataError
-from mug.model.presets import ModelConfig, resolve
-from mug.run.segmentation.images import MEAN, Scenes, augment, choose_crop, distorted, open_scenes
-from mug.run.segmentation.recipe import SceneConfig, parse_command
-from mug.run.segmentation.scoring import figures_of, places, slide
-from mug.run.training.errors import RunError
-from mug.run.training.schedule import LinearSchedule
+from mug.data.kinds.scenes import MEAN, SceneConfig, Scenes, augment, choose_crop, distorted, open_scenes
+from mug.model.objectives.segment import SegmentConfig
+from mug.model.presets import resolve
+from mug.run.evaluators.segmentation import metrics_of, places, slide
+from mug.run.training.loop import schedule_of
 
 ROOT = Path(__file__).parents[2]
 ADE20K = "run/recipes/segment/ade20k_base.yaml"
-PLAIN = SceneConfig(flip=False, distort=False, scale=(1.0, 1.0), category_share=1.0)
+PLAIN = SceneConfig(flip=False, distort=False, scale=(1.0, 1.0), cat_max_ratio=1.0)
 
 
 # --- The recipe --------------------------------------------------------------------------------------------
 
 
 def test_the_ade20k_recipe_is_mmsegmentations():
-    recipe = parse_command(["--config", str(ROOT / ADE20K)]).recipe
+    recipe = recipe_of("segment", "--config", str(ROOT / ADE20K))
     model, trainer, data = recipe.model, recipe.trainer, recipe.data
-    assert (model.image_size, model.classes, model.channels, model.drop_path) == (512, 150, 768, 0.1)
-    assert (model.encoder.width, model.encoder.depth, model.encoder.patch_size) == (768, 12, 16)
-    assert (trainer.learning_rate, trainer.layer_decay, trainer.weight_decay) == (1e-4, 0.65, 0.05)
+    assert (model.image_size, data.classes, model.channels, model.drop_path) == (512, 150, 768, 0.1)
+    assert (model.width, model.depth, model.patch_size) == (768, 12, 16)
+    assert trainer.learning_rate == pytest.approx(1e-4)
+    assert (trainer.layer_decay, trainer.weight_decay, trainer.gradient_clipping) == (0.65, 0.05, 0)
     assert (trainer.global_batch, trainer.max_steps, tuple(trainer.betas)) == (16, 160_000, (0.9, 0.999))
-    assert (data.scale, data.category_share, data.reduce_zero_label) == ((0.5, 2.0), 0.75, True)
+    assert (data.scale, data.cat_max_ratio, data.reduce_zero_label) == ((0.5, 2.0), 0.75, True)
     assert recipe.loss_weights == {"segments": 1.0, "auxiliary": 0.4}
-    schedule = LinearSchedule(trainer.learning_rate, trainer.warmup_samples, trainer.max_steps * trainer.global_batch)
+    schedule = schedule_of(trainer, trainer.max_steps)
     rates = [schedule(step * 16) for step in (750, 1500, 80_750, 160_000)]
     assert rates == pytest.approx([0.5e-4, 1e-4, 0.5e-4, 0])
 
@@ -58,7 +60,7 @@ def mosaic(height: int = 60, width: int = 90) -> tuple[Image.Image, np.ndarray]:
 @pytest.mark.parametrize("seed", range(8))
 def test_labels_go_where_their_pixels_go(seed):
     image, labels = mosaic()
-    config = SceneConfig(scale=(0.5, 2.0), flip=True, distort=False, category_share=0.9)
+    config = SceneConfig(scale=(0.5, 2.0), flip=True, distort=False, cat_max_ratio=0.9)
     draws = np.random.default_rng(seed).random(30)
     view, seen = augment(image, labels, 48, config, draws)
     assert view.shape == (3, 48, 48) and view.dtype == np.uint8 and seen.shape == (48, 48)
@@ -123,19 +125,14 @@ def test_zero_may_mean_unlabelled(tmp_path):
     Image.fromarray(np.array([[0, 1], [150, 255]], np.uint8)).save(tmp_path / "b.png")
     scenes = Scenes([tmp_path / "a.png"], [tmp_path / "b.png"], 150, True)
     assert scenes.read(0)[1].tolist() == [[255, 0], [149, 255]]
-    with pytest.raises(DataError, match=r"b\.png: class 150 is out of range, model\.classes is 150"):
+    with pytest.raises(DataError, match=r"b\.png: class 150 is out of range, data\.classes is 150"):
         Scenes(scenes.images, scenes.annotations, 150, False).read(0)
 
 
 def test_what_is_wrong_with_the_files_is_said(tmp_path):
     write_scenes(tmp_path / "data")
-
-    def options(**values: object) -> SimpleNamespace:
-        return SimpleNamespace(
-            data=SimpleNamespace(reduce_zero_label=False, cache=None, **values), model=SimpleNamespace(classes=3)
-        )
-
-    scenes = open_scenes(options(folder=str(tmp_path / "data")), "training")
+    options = SceneConfig(folder=str(tmp_path / "data"), classes=3)
+    scenes = open_scenes(options, "training")
     assert len(scenes) == 6
     Image.new("RGB", (3, 3)).save(scenes.images[0])
     with pytest.raises(DataError, match="one byte for each of the image's 3 x 3 pixels"):
@@ -144,13 +141,35 @@ def test_what_is_wrong_with_the_files_is_said(tmp_path):
     with pytest.raises(DataError, match=r"1\.png or its annotation cannot be read"):
         scenes.read(1)
     scenes.annotations[2].unlink()
-    with pytest.raises(RunError, match=r"2\.png is missing \(1 of 6"):
-        open_scenes(options(folder=str(tmp_path / "data")), "training")
-    with pytest.raises(RunError, match="nowhere/images/training holds no images"):
-        open_scenes(options(folder="nowhere"), "training")
+    with pytest.raises(DataError, match=r"2\.png is missing \(1 of 6"):
+        open_scenes(options, "training")
+    with pytest.raises(DataError, match="nowhere/images/training does not hold images"):
+        open_scenes(SceneConfig(folder="nowhere"), "training")
 
 
-# --- Figures -----------------------------------------------------------------------------------------------
+def test_scenes_of_every_format_in_folders_and_links_are_found_and_the_rest_is_counted(tmp_path, caplog):
+    write_scenes(tmp_path / "data", 2)
+    images, annotations = (tmp_path / "data" / kind / "training" for kind in ("images", "annotations"))
+    options = SceneConfig(folder=str(tmp_path / "data"), classes=3)
+    plain = [path.name for path in open_scenes(options, "training").images]
+    assert plain == ["0.png", "1.png"] and caplog.messages == []
+    Image.open(images / "0.png").save(images / "2.BMP", "BMP")
+    (annotations / "2.PNG").write_bytes((annotations / "0.png").read_bytes())
+    for inside in (images, annotations):
+        (inside / "city").symlink_to(tmp_path / "data" / inside.parent.name / "validation")
+        (inside / ".ipynb_checkpoints").mkdir()
+    (annotations / "9.png").write_bytes((annotations / "0.png").read_bytes())
+    (images / "readme.md").write_text("")
+    scenes = open_scenes(options, "training")
+    names = [str(path.relative_to(images)) for path in scenes.images]
+    assert names == ["0.png", "1.png", "2.BMP", "city/0.png", "city/1.png"]
+    assert np.array_equal(scenes.read(2)[1], scenes.read(0)[1]) and scenes.read(4)[0].size == (50, 40)
+    (line,) = caplog.messages
+    for part in ("2 hidden folders", "1 files that are not images", "1 annotations without an image"):
+        assert part in line
+
+
+# --- Metrics -----------------------------------------------------------------------------------------------
 
 
 def test_mean_iou_is_scikit_learns_and_torchmetrics():
@@ -159,19 +178,19 @@ def test_mean_iou_is_scikit_learns_and_torchmetrics():
     said = np.where(random.random(4000) < 0.6, true, random.integers(0, 4, 4000))
     matrix = torch.zeros(5, 5, dtype=torch.float64)
     np.add.at(matrix.numpy(), (true, said), 1)
-    figures = figures_of(matrix)
-    assert figures["mean IoU/segments"] == pytest.approx(jaccard_score(true, said, average="macro"))
+    metrics = metrics_of(matrix)
+    assert metrics["mean IoU/segments"] == pytest.approx(jaccard_score(true, said, average="macro"))
     theirs = MulticlassJaccardIndex(5)(torch.from_numpy(said), torch.from_numpy(true)).item()
-    assert figures["mean IoU/segments"] == pytest.approx(theirs, abs=1e-6)
-    assert figures["accuracy/segments"] == pytest.approx((true == said).mean())
+    assert metrics["mean IoU/segments"] == pytest.approx(theirs, abs=1e-6)
+    assert metrics["accuracy/segments"] == pytest.approx((true == said).mean())
     one = np.full_like(true, 0)
-    assert figures["mean IoU/commonest class"] == pytest.approx(jaccard_score(true, one, average="macro"))
+    assert metrics["mean IoU/commonest class"] == pytest.approx(jaccard_score(true, one, average="macro"))
 
 
 def test_windows_cover_the_image_and_agree():
     assert list(places(96, 96)) == [0] and list(places(100, 96)) == [0, 4]
     assert list(places(300, 96)) == [0, 64, 128, 192, 204]
-    config = resolve(ModelConfig(image_size=16))
+    config = resolve(SegmentConfig("tiny", image_size=16))
     pointwise = SimpleNamespace(config=config, classes=3, logits=lambda image: image.float() ** 2)
     image = torch.randint(0, 256, (1, 3, 16, 53), dtype=torch.uint8)
     torch.testing.assert_close(slide(pointwise, image), image[0].float() ** 2)
@@ -180,32 +199,42 @@ def test_windows_cover_the_image_and_agree():
 # --- Runs --------------------------------------------------------------------------------------------------
 
 TOY = ["--model.preset", "tiny", "--model.image_size", "32", "--model.width", "16", "--model.heads", "2"]
-TOY += ["--model.classes", "3", "--model.channels", "8", "--model.drop_path", "0.3", "--trainer.max_steps", "6"]
-TOY += ["--trainer.global_batch", "4", "--trainer.micro_batch", "2", "--trainer.log_every", "1"]
+TOY += ["--data.classes", "3", "--model.channels", "8", "--model.drop_path", "0.3", "--trainer.max_steps", "6"]
+TOY += [
+    "--trainer.global_batch",
+    "4",
+    "--trainer.groups",
+    "2",
+    "--trainer.micro_batch",
+    "2",
+    "--trainer.log_every",
+    "1",
+]
 TOY += ["--trainer.eval_every", "6", "--checkpoint.every_steps", "2", "--data.workers", "0"]
 
 
 def command(output: Path, folder: Path, *options: str) -> list[str]:
     places = ["--output", str(output), "--data.folder", str(folder)]
-    return [sys.executable, "run/segment.py", *TOY, *places, *options]
+    return [sys.executable, "run/segment.py", *DEEPSPEED, *TOY, *places, *options]
 
 
 def start(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
+    return run_script(*command(*arguments)[1:])
 
 
 def rows(output: Path) -> list[dict]:
-    clock = ("images_per_s", "data_wait", "memory_gb")
+    """Of training and evaluations, without what depends on the clock."""
+    clock = ("images_per_s", "data_wait", "memory_gb", "goodput", "tflops", "mfu")
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in clock} for row in lines]
+    kept = [row for row in lines if row["kind"] != "event"]
+    return [{name: value for name, value in row.items() if name not in clock} for row in kept]
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_with_the_same_figures_to_the_digit(tmp_path):
+def test_a_killed_run_resumes_with_the_same_metrics_to_the_digit(tmp_path):
     write_scenes(tmp_path / "data")
     done = start(tmp_path / "whole", tmp_path / "data")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "beginning from random weights" in done.stdout
     killed = subprocess.Popen(command(tmp_path / "cut", tmp_path / "data"), cwd=ROOT, stdout=subprocess.DEVNULL)
     while not (tmp_path / "cut" / "checkpoint-2").exists():
         assert killed.poll() is None, "the run ended before its first checkpoint"
@@ -215,52 +244,61 @@ def test_a_killed_run_goes_on_with_the_same_figures_to_the_digit(tmp_path):
     assert start(tmp_path / "cut", tmp_path / "data").returncode == 0
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
     assert [row["step"] for row in rows(tmp_path / "whole")] == [1, 2, 3, 4, 5, 6, 6]
-    result = json.loads((tmp_path / "cut" / "results.jsonl").read_text())
-    assert result["method"] == "UperNet" and 0 <= result["mean IoU/segments"] <= 1
+    assert 0 <= rows(tmp_path / "cut")[-1]["mean IoU/segments"] <= 1
     again = start(tmp_path / "whole", tmp_path / "data")
     assert again.returncode == 0 and "step 6 was the last one" in again.stdout
+    faster = start(tmp_path / "whole", tmp_path / "data", "--trainer.base_learning_rate", "0.1")
+    assert faster.returncode == 2 and "trained with trainer.base_learning_rate 0.064 (now 0.1)" in faster.stderr
     other = start(tmp_path / "whole", tmp_path / "data", "--model.channels", "16")
-    assert other.returncode == 2 and "segmenter channels is 8 there, 16 here" in other.stderr
-
-
-STATISTICS = """
-import torch
-import torch.distributed as dist
-from mug.run.segment import same_statistics, spread_over_ranks
-dist.init_process_group("gloo")
-model = torch.nn.BatchNorm1d(1, momentum=0.5)
-spread = spread_over_ranks(model)
-for _ in range(2):
-    spread(torch.tensor([[0.0], [2.0]]) + 2 * dist.get_rank()).sum().backward()
-same_statistics(model)
-if dist.get_rank() == 0:
-    print(model.running_mean.item())
-"""
+    assert other.returncode == 2 and "config.channels is 8 there, 16 here" in other.stderr
 
 
 @pytest.mark.slow
-def test_every_ranks_images_count_in_the_statistics(tmp_path):
-    """Means of 1 and 3, of which half is taken in twice: 0.75 and 2.25 on the two ranks, so 1.5."""
-    (tmp_path / "two_ranks.py").write_text(STATISTICS)
+def test_bf16_is_near_fp32(tmp_path):
+    write_scenes(tmp_path / "data")
+    curves = []
+    for precision in ("bf16", "fp32"):
+        done = start(tmp_path / precision, tmp_path / "data", "--trainer.precision", precision)
+        assert done.returncode == 0, done.stdout + done.stderr
+        curves.append([row["loss/total"] for row in rows(tmp_path / precision) if row["kind"] == "train"])
+    assert len(curves[0]) == 6 and curves[0] != curves[1]
+    assert curves[0] == pytest.approx(curves[1], rel=2e-2)
+
+
+@pytest.mark.slow
+def test_two_ranks_and_two_groups_give_the_curve_of_one_rank(tmp_path):
+    """Batch norms see a group: 4 images of one rank, or 2 of each of two; and 2 at once where there are two groups."""
+    write_scenes(tmp_path / "data")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    blind = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*launcher, tmp_path / "two_ranks.py"], env=blind, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["1.5"]
+    curves = {}
+    for name, ranks, options in (
+        ("one rank", 1, ["--trainer.micro_batch", "4", "--trainer.groups", "1"]),
+        ("two ranks", 2, ["--trainer.groups", "1"]),
+        ("two groups", 1, []),
+        ("two groups on two ranks", 2, ["--trainer.micro_batch", "1"]),
+    ):
+        line = command(tmp_path / name, tmp_path / "data", *options)
+        line = [*launcher, *line[1:]] if ranks == 2 else line
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        curves[name] = [row["loss/total"] for row in rows(tmp_path / name) if row["kind"] == "train"]
+    assert curves["two ranks"] == pytest.approx(curves["one rank"], abs=1e-4)
+    assert curves["two groups on two ranks"] == pytest.approx(curves["two groups"], abs=1e-4)
+    assert curves["two groups"] != pytest.approx(curves["one rank"], abs=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        (["--model.classes", "2", "--data.workers", "1"], "model.classes is 2"),
-        (["--trainer.global_batch", "5"], "global batch 5"),
+        (["--data.classes", "2", "--data.workers", "1"], "data.classes is 2"),
+        (["--trainer.global_batch", "5"], "trainer.groups 2 does not divide trainer.global_batch 5"),
         (["--trainer.layer_decay", "0"], "trainer.layer_decay"),
         (["--trainer.layer_deca", "1"], "layer_deca"),
-        (["--trainer.micro_batch", "1"], "trainer.micro_batch is 1"),
-        (["--model.drop_path", "1"], "model.drop_path must be less than 1"),
+        (["--trainer.groups", "1"], "set trainer.groups 2, or a larger trainer.micro_batch"),
+        (["--model.drop_path", "1"], "model.drop_path must be at least 0 and less than 1"),
         (["--init", "nowhere"], "init nowhere"),
-        (["--model.depth", "3"], "model.depth 3"),
+        (["--model.depth", "3"], "model.depth must be at least 4, not 3"),
         (["--data.folder", "nowhere"], "nowhere/images/training"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and which ones it refuses."""
+"""Which checkpoint a run resumes from, and which ones it refuses."""
 
 import dataclasses
 import json
@@ -7,21 +7,31 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from train_commands import parse
 
-from mug.run.training import checkpoint
-from mug.run.training.errors import RunError
+from mug.model.objectives.mug import MUG, MUGConfig
+from mug.model.objectives.objective import Context
+from mug.model.presets import Vocabulary, resolve
+from mug.run.common.errors import RunError
+from mug.run.common.output import check_writable, check_writable_file, lock
+from mug.run.state import checkpoint
+from mug.run.state.restore import describe_model, model_of
 from mug.run.training.metrics import logged_losses
-from mug.run.training.output import check_writable, check_writable_file, lock
-from mug.run.training.recipe import Command, count_steps, parse_command
-from mug.run.training.restore import restore
+from mug.run.training.recipe import Command, count_steps
 from mug.run.training.start import find_checkpoint
 
 NAMES = [f"class {number}" for number in range(1000)]
-DESCRIPTION = {"config": {"preset": "tiny", "depth": 2}, "classifier": {"pool": "mean", "names": NAMES}}
+CONTEXT = {"seed": 0, "vocabulary": None, "class_names": NAMES, "losses": []}
+DESCRIPTION = {
+    "objective": "classify",
+    "config": {"preset": "tiny", "depth": 2},
+    "context": CONTEXT,
+}
 
 
 def command(output: Path, *options: str) -> Command:
-    return parse_command(["--deepspeed", "x.json", "--output", str(output), "--trainer.global_batch", "8", *options])
+    options = ("--output", str(output), "--trainer.global_batch", "8", *options)
+    return parse("pretrain", ["--deepspeed", "x.json", *options])
 
 
 @pytest.fixture
@@ -49,9 +59,13 @@ def test_a_run_goes_on_from_its_newest_checkpoint_under_another_name_of_the_pres
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({"config": {"preset": "tiny", "depth": 3}}, "config depth is 2 there, 3 here"),
-        ({"classifier": {"pool": "mean", "names": [NAMES[0], "b"]}}, " there, of 2, from number 2 on: b here"),
-        ({"classifier": None}, "classifier pool is mean there, None here"),
+        ({"config": {"preset": "tiny", "depth": 3}}, "config.depth is 2 there, 3 here"),
+        (
+            {"context": {**CONTEXT, "class_names": [NAMES[0], "b"]}},
+            " there, of 2, from number 2 on: b here",
+        ),
+        ({"objective": "segment"}, "objective is classify there, segment here"),
+        ({"config": {"preset": "tiny", "depth": 2, "channels": 8}}, "config.channels is None there, 8 here"),
     ],
 )
 def test_another_model_is_refused_in_one_short_line(saved, sections, says):
@@ -60,15 +74,16 @@ def test_another_model_is_refused_in_one_short_line(saved, sections, says):
     assert says in str(refused.value) and len(str(refused.value)) < 300 + len(str(saved))
 
 
-def test_a_run_of_another_kind_is_refused(saved):
-    """A segmentation's description has a section of its own, and none of these."""
-    segmenter = {"segmenter": {"classes": 3}}
-    checkpoint.open_partial(saved, 4)
-    checkpoint.commit(saved, 4, {}, {"model": segmenter, "recipe": {"trainer": {"global_batch": 8}}}, {}, keep=1)
-    with pytest.raises(RunError, match="another model: segmenter classes is 3 there, None here"):
-        find(saved)
-    with pytest.raises(RunError, match="is no checkpoint of a pre-training run; name one"):
-        restore(saved, pytest.fail)
+@pytest.mark.parametrize("losses", [(), ("caption",)])
+def test_a_model_is_the_one_that_its_own_manifest_describes(tmp_path, losses):
+    sizes = {"depth": 1, "pixel_depth": 1, "text_unimodal_layers": 1, "text_cross_layers": 1}
+    model = MUG(resolve(MUGConfig(**sizes)), Context(seed=3, vocabulary=Vocabulary(20, 0, 1, 2, 3), losses=losses))
+    checkpoint.open_partial(tmp_path, 3)
+    state = {"model": describe_model(model), "recipe": dataclasses.asdict(command(tmp_path).recipe)}
+    checkpoint.commit(tmp_path, 3, {}, state, {}, keep=1)
+    found = find_checkpoint(command(tmp_path), describe_model(model), SimpleNamespace(warn=pytest.fail))
+    again = model_of(found.manifest)
+    assert (type(again), again.config, again.context, again.active) == (MUG, model.config, model.context, model.active)
 
 
 def test_another_recipe_is_refused_unless_it_is_allowed(saved):
@@ -76,7 +91,10 @@ def test_another_recipe_is_refused_unless_it_is_allowed(saved):
         find(saved, "--trainer.global_batch", "16", "--allow_changes", "true")
     with pytest.raises(RunError, match=r"was trained with seed 0 \(now 3\); change back"):
         find(saved, "--seed", "3")
-    found, warned = find(saved, "--seed", "3", "--allow_changes", "true")
+    new = {"context": CONTEXT | {"seed": 3, "losses": ["class"]}}
+    with pytest.raises(RunError, match=r"was trained with seed 0 \(now 3\); change back"):
+        find(saved, "--seed", "3", **new)
+    found, warned = find(saved, "--seed", "3", "--allow_changes", "true", **new)
     assert found.step == 3 and warned == [f"{found.folder} was trained with seed 0 (now 3)"]
 
 
@@ -90,7 +108,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     check_writable(tmp_path / "a" / "b")
     assert not (tmp_path / "a").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="file is no folder that can be written"):
+    with pytest.raises(RunError, match=r"cannot write to .*file; choose another directory"):
         check_writable(tmp_path / "file" / "run")
 
 
@@ -100,13 +118,13 @@ def test_what_may_not_be_written_is_named(tmp_path, monkeypatch):
         check_writable_file(tmp_path / name, "--out")
     assert not (tmp_path / "new").exists()
     for path in (tmp_path, tmp_path / "nowhere" / "new"):
-        with pytest.raises(RunError, match=f"--out {path}: name a file that can be written"):
+        with pytest.raises(RunError, match=f"--out {path}: cannot write there"):
             check_writable_file(path, "--out")
     monkeypatch.setattr(os, "access", lambda *asked: False)  # nothing stops root
     for name in ("there", "new"):
-        with pytest.raises(RunError, match=f"--out {tmp_path}/{name}: name a file that can be written"):
+        with pytest.raises(RunError, match=f"--out {tmp_path}/{name}: cannot write there"):
             check_writable_file(tmp_path / name, "--out")
-    with pytest.raises(RunError, match=f"--out {tmp_path}/new: {tmp_path} is no folder that can be written"):
+    with pytest.raises(RunError, match=f"--out {tmp_path}/new: cannot write to {tmp_path}; choose"):
         check_writable(tmp_path / "new", "--out")
 
 

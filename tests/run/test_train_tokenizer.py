@@ -2,22 +2,21 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import run_script
 
+from mug.data.builders.tokenizer_training import train_tokenizer
+from mug.data.builders.writers import Sample, write_shards, write_tar
 from mug.data.tokenizer import Tokenizer
-from mug.data.tokenizer_training import train_tokenizer
-from mug.data.writers import Sample, write_shards
 
 ROOT = Path(__file__).parents[2]
 COUNT = 50
 
 
 def train(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "run/train_tokenizer.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return run_script("run/train_tokenizer.py", *arguments)
 
 
 def caption(i: int, language: str = "en") -> str:
@@ -63,6 +62,10 @@ MISTAKES = {
     "no captions": (["{tmp}/empty.tar"], "no word"),
     "no samples": (["{shards}/00000.tar", "--samples", "0"], "--samples"),
     "no language": (["{shards}/00000.tar", "--language", ","], "language"),
+    "a language that no pair has": (
+        ["{shards}/*.tar", "--language", "fr,it"],
+        "give languages that they have: en (50), de (20)",
+    ),
     "no shards": ([], "shards"),
     "no folder": (["{shards}/00000.tar", "--out", "{tmp}/no/t.json"], "no is missing"),
     "there already": (["{shards}/00000.tar", "--out", "{tmp}/empty.tar"], "empty.tar exists"),
@@ -80,3 +83,26 @@ def test_a_mistake_is_one_line(shards, tmp_path, case):
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and names in done.stderr
     assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_images_of_any_size_and_texts_of_any_kind(shards, tmp_path):
+    """One image beyond every limit, texts with a byte order mark, in UTF-16 and in Latin-1, and a pair without any."""
+    folder = tmp_path / "a folder, with signs"
+    folder.mkdir()
+    texts = [b"\xef\xbb\xbfone barn", "two barns".encode("utf-16"), b"three caf\xe9s", b""]
+    members = [(f"{i}.{end}", body) for i, text in enumerate(texts) for end, body in (("jpg", b"i"), ("txt", text))]
+    write_tar(folder / "a.tar", [*members, ("4.bmp", bytes(64 * 2**20 + 1)), ("4.caption.txt", b"a large scan")])
+    done = train(f"{folder}/*.tar", "--out", tmp_path / "t.json", "--vocabulary", "600")
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected = ["one barn", "two barns", "three caf\ufffds", "a large scan"]
+    assert json.loads((tmp_path / "t.json").read_text()) == oracle(expected)
+    assert "warning: 1 of 4 captions read are not UTF-8" in done.stdout
+
+
+def test_no_captions_says_what_there_is(tmp_path):
+    write_tar(tmp_path / "a.tar", [("1.jpg", b"i"), ("1.blurb", b"a dog"), ("2.jpg", b"i")])
+    done = train(tmp_path / "a.tar", "--out", tmp_path / "t.json")
+    assert done.returncode == 2 and "no word to learn from" in done.stderr
+    assert "none of 2 samples read have a caption; the shards have files .jpg, .blurb" in done.stdout
+    done = train(tmp_path / "a.tar", "--out", tmp_path / "t.json", "--caption", "blurb")
+    assert done.returncode == 0, done.stderr

@@ -1,34 +1,36 @@
-"""Schedule, losses, metrics and weight decay, by value."""
+"""Schedule, losses and metrics, by value."""
 
 import json
 import math
+import struct
+import sys
 import time
+from collections.abc import Iterator
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
-from mug.model.mug import MUG
-from mug.model.presets import ModelConfig, Vocabulary, resolve
-from mug.run.training import hardware
-from mug.run.training.engine import parameter_groups
-from mug.run.training.losses import Means, shares, total_loss
-from mug.run.training.metrics import Clock, MetricsWriter, read_rows
-from mug.run.training.phases import Phases
+from mug.run.cluster.losses import WeightedMeans, loss_scales, total_loss
+from mug.run.common import rank_env as places
+from mug.run.common.errors import RunError
+from mug.run.reporting.records import read_rows
+from mug.run.training.metrics import GoodputClock, MetricsWriter
 from mug.run.training.schedule import CosineSchedule
+from mug.run.training.startup_timer import StartupTimer
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank():
-    port = hardware._free_port()
+    port = places.free_port()
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine():
-    schedule = CosineSchedule(peak=2.0, floor=0.5, warmup=100, total=1100)
+    schedule = CosineSchedule(peak=2.0, minimum=0.5, warmup=100, total=1100)
     assert [schedule(s) for s in (10, 50, 100)] == pytest.approx([0.2, 1.0, 2.0])
     assert schedule(600) == pytest.approx(1.25)
     assert schedule(350) == pytest.approx(0.5 + 1.5 * (1 + math.cos(math.pi / 4)) / 2)
@@ -41,31 +43,21 @@ def test_shares_make_a_mean_over_the_global_batch_of_uneven_micro_batches():
     means = [row.mean() if len(row) else torch.zeros(()) for row in rows]
     total = sum(
         total_loss({"caption": mean}, {"caption": 1.0}, {"caption": share[0]})
-        for mean, share in zip(means, shares(counts, ["caption"]), strict=True)
+        for mean, share in zip(means, loss_scales(counts, ["caption"]), strict=True)
     )
     assert total / len(rows) == pytest.approx(torch.cat(rows).mean().item(), rel=1e-5)
 
 
 def test_means_weigh_by_count_and_sum_up_to_the_total():
-    means = Means()
+    means = WeightedMeans()
     loss = {"pixels": torch.tensor(1.0), "caption": torch.tensor(4.0)}
     means.add(loss, {"accuracy/caption": torch.tensor(0.5)}, {"pixels": 10, "caption": 3})
     loss = {"pixels": torch.tensor(3.0), "caption": torch.tensor(0.0)}
     means.add(loss, {"accuracy/caption": torch.tensor(1.0)}, {"pixels": 10, "caption": 1})
-    figures = means.reduce({"pixels": 1.0, "caption": 0.1})
-    assert figures == pytest.approx(
+    metrics = means.reduce({"pixels": 1.0, "caption": 0.1})
+    assert metrics == pytest.approx(
         {"loss/total": 2.3, "loss/pixels": 2.0, "loss/caption": 3.0, "accuracy/caption": 0.625}
     )
-
-
-def test_weight_decay_spares_norms_biases_tokens_and_positions():
-    model = MUG(resolve(ModelConfig("tiny")), Vocabulary(100, 0, 1, 2, 3))
-    decayed, spared = ({id(p) for p in group["params"]} for group in parameter_groups(model, 0.05))
-    names = dict(model.named_parameters())
-    assert len(decayed) + len(spared) == len(names)
-    for name, parameter in names.items():
-        special = name.rpartition(".")[2] in ("bias", "cls_token", "mask_token", "position_embed") or "norm" in name
-        assert (id(parameter) in spared) == special, name
 
 
 def test_rows_end_where_their_line_does_and_a_cut_one_is_left_out(tmp_path):
@@ -87,16 +79,60 @@ def test_metrics_of_steps_after_the_resumed_one_are_dropped(tmp_path):
     assert [(row["step"], row["loss/total"]) for row in rows] == [(1, 1.0), (2, 0.5), (3, 0.25)]
 
 
+def records(data: bytes) -> Iterator:
+    """wandb's records in a file in LevelDB's log format: fragments after a header of CRC, length and kind."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    place, whole = 7, b""  # behind wandb's own header
+    while place + 7 <= len(data):
+        if 2**15 - place % 2**15 < 7:  # the end of a block that takes no header
+            place += 2**15 - place % 2**15
+        length, kind = struct.unpack_from("<HB", data, place + 4)
+        fragment = data[place + 7 : place + 7 + length]
+        whole = fragment if kind in (1, 2) else whole + fragment
+        place += 7 + length
+        if kind in (1, 4):
+            yield Record.FromString(whole)
+
+
+def test_wandb_has_the_scalars_and_one_run_for_all_launches(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--data.shards=https://host/a.tar?sig=SECRET"])
+    for resumed, step in ((0, 5), (2, 3)):
+        with MetricsWriter(tmp_path, resumed, "wandb") as metrics:
+            metrics.write("train", step, {"loss/total": 1.0 / step, "note": "text"})
+    until, logged = time.monotonic() + 30, []
+    while len(logged) < 2 and time.monotonic() < until:  # wandb's own process writes the last block a little later
+        logs = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+        found = [record for log in logs for record in records(log.read_bytes())]
+        rows = [{i.key or i.nested_key[0]: json.loads(i.value_json) for i in r.history.item} for r in found]
+        logged = [(row["step"], row["train/loss/total"]) for row in rows if "train/loss/total" in row]
+        time.sleep(0.1)
+    assert logged == [(5, 0.2), (3, 1 / 3)], "a step that a rollback repeats is not left out"
+    assert len({record.run.run_id for record in found if record.run.run_id}) == 1
+    files = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file()]
+    assert files and not any(b"SECRET" in path.read_bytes() for path in files)
+
+
+def test_a_tracker_that_is_unknown_or_missing_is_one_line(tmp_path, monkeypatch):
+    with pytest.raises(RunError, match="tracker wandbb is not one of wandb"):
+        MetricsWriter(tmp_path, 0, "wandbb")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(RunError, match=r"package wandb is not installed: pip install .*\[wandb\]"):
+        MetricsWriter(tmp_path, 0, "wandb")
+
+
 def test_goodput_counts_what_was_not_undone_since_the_first_start(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "time", lambda: now)
-    clock = Clock(begun=1000.0)
+    clock = GoodputClock(begun=1000.0)
     clock.trained += 30
     saved = clock.state_dict()
     clock.trained += 30  # a crash undoes this
     now = 1100.0
     assert clock.goodput() == pytest.approx(0.6)
-    again = Clock(begun=1090.0)
+    again = GoodputClock(begun=1090.0)
     again.load_state_dict(saved)
     assert again.goodput() == pytest.approx(0.3)
 
@@ -111,7 +147,7 @@ def test_a_total_that_is_not_finite_spoils_all_gradients_and_a_finite_one_change
 
 
 def test_phases_add_up_to_the_time_since_the_process_began():
-    phases = Phases()
+    phases = StartupTimer()
     earlier = time.time()
     phases.end("imports")
     begin = time.time()
@@ -121,7 +157,7 @@ def test_phases_add_up_to_the_time_since_the_process_began():
     after = time.time()
     time.sleep(0.05)
     phases.end("data")  # only the first time counts
-    seconds = phases.figures()
+    seconds = phases.metrics()
     assert before - begin - 1e-2 <= seconds["seconds/data"] <= after - earlier + 1e-2
     assert seconds["seconds/total"] == pytest.approx(seconds["seconds/imports"] + seconds["seconds/data"], abs=2e-3)
     created = psutil.Process().create_time()  # known to the second

@@ -5,17 +5,18 @@ import json
 import math
 
 import pytest
+from train_commands import recipe_of
 
-from mug.run.training import bundle
-from mug.run.training.bundle import Bundle, MicroBatch
-from mug.run.training.errors import RunError
-from mug.run.training.recipe import Recipe, parse_command
+from mug.run.common.errors import RunError
+from mug.run.state import replay_bundle as bundle
+from mug.run.state.replay_bundle import Bundle, MicroBatch
+from mug.run.training.recipe import Recipe
 
 LOSSES = {"pixels": 1.2127140760421753, "caption": math.nan}, {"pixels": math.inf, "caption": -math.inf}
 
 
 def test_it_comes_back_as_it_was(tmp_path):
-    recipe = parse_command(["--deepspeed", "x.json", "--data.shards", "a.tar"]).recipe
+    recipe = recipe_of("pretrain", "--data.shards", "a.tar")
     ran = [MicroBatch(rank, (16 + rank, 24, 2), losses) for rank, losses in enumerate(LOSSES)]
     written = Bundle(3, "checkpoint-2", "x.json", 2, 3, dataclasses.asdict(recipe), ran, {"torch": "2"})
     path = bundle.write(tmp_path, written)

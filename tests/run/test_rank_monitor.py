@@ -12,8 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from mug.run.training import hardware, watch
-from mug.run.training.watch import Board, Member, Watch
+from mug.run.cluster import lost_ranks
+from mug.run.cluster import rank_monitor as watch
+from mug.run.cluster.rank_monitor import MonitorServer, RankMonitor, RankStatus
+from mug.run.common import rank_env as places
 
 WORLD = 3
 RESTART = 75
@@ -25,7 +27,7 @@ class Terminal:
     def __init__(self, path: Path):
         self.path = path
 
-    def fail(self, line: str) -> None:
+    def error(self, line: str) -> None:
         with self.path.open("a") as file:
             file.write(line + "\n")
 
@@ -33,49 +35,49 @@ class Terminal:
         pass
 
     def warn(self, line: str) -> None:
-        self.fail(f"warning: {line}")
+        self.error(f"warning: {line}")
 
 
-def train_for_ever(rank: int, guard: Watch) -> None:
+def train_for_ever(rank: int, guard: RankMonitor) -> None:
     while True:
-        guard.at("step 7")
+        guard.progress("step 7")
         dist.barrier()
         time.sleep(0.01)
 
 
-def be_killed(rank: int, guard: Watch) -> None:
+def be_killed(rank: int, guard: RankMonitor) -> None:
     if rank == 1:
-        guard.at("step 7, its data")
+        guard.progress("step 7, its data")
         time.sleep(1)
         os.kill(os.getpid(), signal.SIGKILL)
     train_for_ever(rank, guard)
 
 
-def be_killed_as_rank_zero(rank: int, guard: Watch) -> None:
+def be_killed_as_rank_zero(rank: int, guard: RankMonitor) -> None:
     be_killed(1 - rank if rank < 2 else rank, guard)
 
 
-def be_stopped(rank: int, guard: Watch) -> None:
+def be_stopped(rank: int, guard: RankMonitor) -> None:
     if rank == 2:
         os.kill(os.getpid(), signal.SIGSTOP)
     train_for_ever(rank, guard)
 
 
-def be_stuck(rank: int, guard: Watch) -> None:
-    guard.at("step 7")
+def be_stuck(rank: int, guard: RankMonitor) -> None:
+    guard.progress("step 7")
     if rank == 2:
         time.sleep(1000)
     train_for_ever(rank, guard)
 
 
-def be_late(rank: int, guard: Watch) -> None:
-    guard.at("step 7")
+def be_late(rank: int, guard: RankMonitor) -> None:
+    guard.progress("step 7")
     if rank == 2:
         time.sleep(8)
     dist.barrier()
 
 
-def lose_its_launcher(rank: int, guard: Watch) -> None:
+def lose_its_launcher(rank: int, guard: RankMonitor) -> None:
     asked = []
     signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
     # Blocked where another test's data loader has started the fork server.
@@ -87,21 +89,21 @@ def lose_its_launcher(rank: int, guard: Watch) -> None:
         time.sleep(0.1)
     dist.barrier()
     time.sleep(1)  # ten beats
-    guard.console.fail(f"rank {rank} was asked {len(asked)} times")
+    guard.console.error(f"rank {rank} was asked {len(asked)} times")
 
 
-def raise_an_error(rank: int, guard: Watch) -> None:
+def raise_an_error(rank: int, guard: RankMonitor) -> None:
     if rank == 1:
         raise KeyError("of rank 1")
     train_for_ever(rank, guard)
 
 
-def end(rank: int, guard: Watch) -> None:
-    guard.at("step 7")
+def end(rank: int, guard: RankMonitor) -> None:
+    guard.progress("step 7")
     time.sleep(0.3 * rank)
 
 
-def count_messages(rank, guard: Watch) -> None:
+def count_messages(rank, guard: RankMonitor) -> None:
     """For a second, into the log."""
     sent, send = [], guard.line.send
     guard.line.send = lambda message: (sent.append(message), send(message))
@@ -111,12 +113,12 @@ def count_messages(rank, guard: Watch) -> None:
 
 
 def live(rank: int, port: int, folder: Path, act, hang_seconds: float) -> None:
-    watch.BEAT, watch.SILENCE, watch.GRACE = 0.1, 10.0, 0.5
+    watch.HEARTBEAT_SECONDS, watch.HEARTBEAT_TIMEOUT, watch.SHUTDOWN_GRACE = 0.1, 10.0, 0.5
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": str(rank)}
     log = os.open(folder / f"rank{rank}.log", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 2)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
-    with Watch(Terminal(folder / "terminal"), hang_seconds) as guard:
+    with RankMonitor(Terminal(folder / "terminal"), hang_seconds) as guard:
         act(rank, guard)
     time.sleep(0.3 * rank)  # the last to go must not miss the first
     os._exit(0)
@@ -126,7 +128,7 @@ def run(folder: Path, act, hang_seconds: float = 60.0) -> tuple[list[int | None]
     """Exit codes (None: still there after 20 s) and process ids by rank, and the lines on the terminal."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([watch.__name__])
-    port = hardware._free_port()
+    port = places.free_port()
     ranks = [context.Process(target=live, args=(rank, port, folder, act, hang_seconds)) for rank in range(WORLD)]
     for process in ranks:
         process.start()
@@ -158,10 +160,10 @@ def test_a_rank_speaks_once_a_beat(tmp_path):
         (
             be_killed,
             [75, -9, 75],
-            r"error: rank 1 \(host \S+, pid PID1, step 7, its data\) is gone: its process ended; .*",
+            r"error: rank 1 \(host \S+, pid PID1, step 7, its data\) is lost: its process ended; .*",
         ),
-        (be_killed_as_rank_zero, [-9, 75, 75], "error: rank 0 is gone: its process ended; .*"),
-        (be_stopped, [75, 75, None], r"error: nothing was heard of rank 2 \(host \S+, pid PID2, .*\) for 10 s; .*"),
+        (be_killed_as_rank_zero, [-9, 75, 75], "error: rank 0 is lost: its process ended; .*"),
+        (be_stopped, [75, 75, None], r"error: no heartbeat from rank 2 \(host \S+, pid PID2, .*\) for 10 s; .*"),
     ],
 )
 def test_a_lost_rank_is_named_once_and_the_others_end(tmp_path, act, codes, says):
@@ -174,14 +176,53 @@ def test_a_lost_rank_is_named_once_and_the_others_end(tmp_path, act, codes, says
         assert lines[0].removeprefix("error: ") in (tmp_path / f"rank{rank}.log").read_text()
 
 
+def be_killed_again(rank: int, guard: RankMonitor) -> None:
+    """After a step beyond the checkpoint of step 4; the terminal's folder is the run's, too."""
+    output = guard.console.path.parent
+    guard.count_losses(output, lost_ranks.read(output), saved=4)
+    dist.barrier()  # all have read
+    guard.reached = 5
+    be_killed(rank, guard)
+
+
+def be_killed_again_as_rank_zero(rank: int, guard: RankMonitor) -> None:
+    be_killed_again(1 - rank if rank < 2 else rank, guard)
+
+
+def test_a_rank_that_dies_the_same_way_each_time_ends_the_restarts(tmp_path):
+    """Whichever it is; the third time in a row, and the fourth."""
+    acts = be_killed_again, be_killed_again_as_rank_zero, be_killed_again, be_killed_again
+    for act, status in zip(acts, (75, 75, 3, 3), strict=True):
+        (tmp_path / "terminal").unlink(missing_ok=True)
+        codes, _, lines = run(tmp_path, act)
+        assert sorted(codes) == [-9, status, status]
+    assert len(lines) == 1 and re.fullmatch(
+        r"error: rank 1 .* is lost: its process ended; the run has ended 4 times in a row like this, none beyond step"
+        r" 5: see logs/rank\*\.log before restarting it",
+        lines[0],
+    )
+
+
+def test_losses_are_in_a_row_as_long_as_nothing_is_saved_or_done_that_was_not_before(tmp_path):
+    losses, rows = lost_ranks.read(tmp_path / "run"), []
+    for saved, reached in ((0, 0), (0, 0), (0, 3), (0, 3), (0, 2), (2, 3), (2, 2), (2, 4)):
+        losses = losses.another(saved, reached)
+        lost_ranks.write(tmp_path / "run", losses)
+        assert lost_ranks.read(tmp_path / "run") == losses
+        rows.append(losses.in_a_row)
+    assert rows == [1, 2, 1, 2, 3, 1, 2, 1]
+    (tmp_path / "run" / lost_ranks.FILE).write_text("[", encoding="utf-8")
+    assert lost_ranks.read(tmp_path / "run") == lost_ranks.Losses()
+
+
 @pytest.mark.parametrize("admitted", [(0, 1, 2), (2, 0, 1)])
 def test_rank_zero_ends_after_all_others_have_heard_why(admitted):
     """Its process takes the board with it."""
     heard = []
-    board = Board(listener=None, token="", world=WORLD, hang_seconds=60)
+    board = MonitorServer(listener=None, token="", world=WORLD, hang_seconds=60)
     for rank in admitted:
         line = SimpleNamespace(send=lambda message, rank=rank: heard.append((rank, message["end"])))
-        board.members[rank] = Member(rank, "host", 100 + rank, line, heard=0.0, advanced=0.0)
+        board.members[rank] = RankStatus(rank, "host", 100 + rank, line, heard=0.0, advanced=0.0)
     board.members[1].left = True
     board._end("rank 1 is gone")
     assert heard == [(2, "rank 1 is gone"), (0, "rank 1 is gone")]
@@ -191,15 +232,15 @@ def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(tmp_path):
     codes, pids, lines = run(tmp_path, be_stuck, hang_seconds=8.0)
     assert codes == [75, 75, 75]
     late, hung = lines
-    assert re.fullmatch(rf"warning: rank 2 \(host \S+, pid {pids[2]}, step 7\) got no further for \d s; .*", late)
-    assert re.fullmatch(rf"error: rank 2 \(host \S+, pid {pids[2]}, step 7\) got no further for \d s; .*", hung)
+    assert re.fullmatch(rf"warning: rank 2 \(host \S+, pid {pids[2]}, step 7\) made no progress for \d s; .*", late)
+    assert re.fullmatch(rf"error: rank 2 \(host \S+, pid {pids[2]}, step 7\) made no progress for \d s; .*", hung)
     assert "be_stuck" in (tmp_path / "rank2.log").read_text()  # where it is
 
 
 def test_a_late_rank_is_named_and_may_go_on(tmp_path):
     codes, pids, lines = run(tmp_path, be_late, hang_seconds=20.0)
     assert codes == [0, 0, 0]
-    assert len(lines) == 1 and re.search(rf"pid {pids[2]}, step 7\) got no further for \d s", lines[0])
+    assert len(lines) == 1 and re.search(rf"pid {pids[2]}, step 7\) made no progress for \d s", lines[0])
 
 
 def test_a_rank_whose_launcher_is_gone_is_asked_to_end_once(tmp_path):
