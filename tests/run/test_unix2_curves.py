@@ -1,0 +1,154 @@
+"""UniX² over kinds of batch, ranks, accumulation and ZeRO stages: plain PyTorch with entire groups is the oracle.
+
+Each step has two groups of different kinds, so each leaves parameters without gradient that the other uses.
+"""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_gloo_ranks
+
+from mug.data.kinds.samples import Batch
+from mug.model.multilingual import MultilingualConfig
+from mug.model.objectives.objective import Context
+from mug.model.objectives.unix2 import UniX2
+from mug.model.presets import Vocabulary, resolve
+from mug.run.cluster.coupled import held_out_losses, prepare
+from mug.run.cluster.losses import WeightedMeans
+from mug.run.training.engine import build_engine
+from mug.run.training.groups import parameter_groups
+from mug.run.training.recipe import TrainerConfig
+from mug.run.training.step import train_step
+
+SIZES = {"image_size": 16, "patch_size": 8, "width": 16, "depth": 2, "heads": 2, "text_width": 16, "text_heads": 2}
+SIZES |= {"text_length": 12, "text_layers": 2, "fusion_layers": 2, "decoder_layers": 2, "embedding_width": 8}
+VOCABULARY = Vocabulary(30, pad=0, bos=1, eos=2, mask=3, languages=("en", "de"), language_ids=(4, 5))
+STEPS = [("pairs", "bitext"), ("text", "image_bitext"), ("image_bitext", "pairs"), ("bitext", "text")]
+GROUP, GROUPS, RATE = 8, 2, 0.05
+CASES = {1: [(3, 2)], 2: [(0, 1), (1, 2), (3, 4)], 4: [(2, 2)]}  # ZeRO stage, accumulation
+
+
+def make() -> UniX2:
+    torch.manual_seed(0)
+    return UniX2(resolve(MultilingualConfig(**SIZES)), Context(seed=3, vocabulary=VOCABULARY))
+
+
+def text_at(position: int, target: bool = False) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2 * position + target)
+    words = torch.randint(6, 30, (1 + (position * 5 + target) % 9,), generator=generator).tolist()
+    tokens = [5, *words, 2] if target else [1, *words, 2, 4]
+    tokens = [] if position % 7 == 3 + target else tokens  # some lack one
+    return torch.tensor(tokens + [0] * (SIZES["text_length"] - len(tokens)))
+
+
+def batch_of(kind: str, positions: list[int]) -> Batch:
+    tensors = {"position": torch.tensor(positions)}
+    if kind in ("pairs", "image_bitext"):
+        random = {"dtype": torch.uint8}
+        images = [torch.randint(0, 256, (3, 16, 16), generator=torch.manual_seed(p), **random) for p in positions]
+        tensors["image"] = torch.stack(images)
+    source = torch.stack([text_at(position) for position in positions])
+    if "bitext" not in kind:
+        return Batch(kind, tensors | {"tokens": source})
+    target = torch.stack([text_at(position, target=True) for position in positions])
+    return Batch(kind, tensors | {"source": source, "target": target})
+
+
+def positions_of(step: int, group: int) -> list[int]:
+    first = (step * GROUPS + group) * GROUP
+    return list(range(first, first + GROUP))
+
+
+def oracle() -> list[tuple[float, dict[str, np.ndarray]]]:
+    """The total and the weights of each step."""
+    model, found = make(), []
+    for step, kinds in enumerate(STEPS):
+        losses = [model(batch_of(kind, positions_of(step, group)))[0] for group, kind in enumerate(kinds)]
+        total = sum(sum(of_group.values()) for of_group in losses)  # no name is in both groups
+        model.zero_grad()
+        total.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0 if parameter.grad is None else RATE * parameter.grad
+        found.append((total.item(), {name: p.detach().numpy().copy() for name, p in model.named_parameters()}))
+    return found
+
+
+def micro_batches(step: int, accumulation: int) -> list[Batch]:
+    """Those of this rank, group after group: each R-th position."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found = []
+    for group, kind in enumerate(STEPS[step]):
+        mine = positions_of(step, group)[rank::world]
+        size = len(mine) // accumulation
+        found += [batch_of(kind, mine[i : i + size]) for i in range(0, len(mine), size)]
+    return found
+
+
+def build(stage: int, accumulation: int):
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False)
+    model, trainer = make(), TrainerConfig(weight_decay=0.0)
+    config = {
+        "train_micro_batch_size_per_gpu": GROUP // (dist.get_world_size() * accumulation),
+        "gradient_accumulation_steps": GROUPS * accumulation,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "optimizer": {"type": "SGD", "params": {"lr": RATE}},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return build_engine(model, config, trainer, parameter_groups(model, trainer))
+
+
+def assert_is_the_oracle(cases: list[tuple[int, int]], expected: list[tuple[float, dict[str, np.ndarray]]]) -> None:
+    import deepspeed
+
+    for stage, accumulation in cases:
+        engine = build(stage, accumulation)
+        for step, (total, weights) in enumerate(expected):
+            what = f"ZeRO {stage}, {dist.get_world_size()} rank(s), accumulation {accumulation}, step {step}"
+            means = train_step(engine, micro_batches(step, accumulation), UniX2.losses, groups=GROUPS)
+            assert means.reduce(UniX2.losses)["loss/total"] == pytest.approx(total, abs=2e-5), what
+            for name, parameter in engine.module.named_parameters():
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    expected_weight = torch.from_numpy(weights[name])
+                    torch.testing.assert_close(
+                        parameter.detach(), expected_weight, rtol=1e-4, atol=2e-6, msg=what + name
+                    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", CASES)
+def test_steps_are_those_of_entire_groups(world):
+    run_gloo_ranks(world, assert_is_the_oracle, CASES[world], oracle())
+
+
+def assert_held_out_losses(expected: dict[str, float]) -> None:
+    model, means = make(), WeightedMeans()
+    mine = positions_of(0, 0)[dist.get_rank() :: dist.get_world_size()]
+    batches = prepare(model, [batch_of("pairs", mine[:1]), batch_of("pairs", mine[1:])])
+    for outcome in held_out_losses(model, [(batch, model.counts(batch)) for batch in batches]):
+        means.add(*outcome)
+    found = means.reduce(UniX2.losses)
+    assert {name: found[f"loss/{name}"] for name in expected} == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_held_out_losses_are_those_of_the_entire_group():
+    with torch.no_grad():
+        losses, _ = make()(batch_of("pairs", positions_of(0, 0)))
+    run_gloo_ranks(2, assert_held_out_losses, {name: loss.item() for name, loss in losses.items()})
+
+
+def test_without_the_group_other_texts_are_drawn():
+    """The exchange is what makes the curve independent of ranks."""
+    model, positions = make(), positions_of(0, 0)
+    entire = model.prepare(batch_of("pairs", positions))
+    half = model.prepare(batch_of("pairs", positions[:4]))
+    assert not torch.equal(entire["texts"][GROUP : GROUP + 4], half["texts"][4:8])
+    assert model.shared(batch_of("pairs", positions)) == ("tokens", "position")
+    assert model.shared(batch_of("text", positions)) == model.shared(entire) == ()
