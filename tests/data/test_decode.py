@@ -79,10 +79,12 @@ def test_tiny_images(size):
 def test_the_same_bytes_in_any_thread():
     data = [encode(photograph(300, 200, seed), "JPEG") for seed in range(3)] * 4
     alone = [decode_crop(d, 64, random_crop(i)).tobytes() for i, d in enumerate(data)]
+    threads = torch.get_num_threads()
     torch.set_num_threads(4)
     with ThreadPoolExecutor(4) as pool:
         views = pool.map(lambda i: decode_crop(data[i], 64, random_crop(i)).tobytes(), range(len(data)))
         assert list(views) == alone
+    torch.set_num_threads(threads)
 
 
 # The mode "fast"

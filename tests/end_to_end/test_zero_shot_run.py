@@ -67,8 +67,8 @@ def accuracy(name: str, folder: Path) -> float:
     recipe["model"] |= {"text_width": 64, "text_heads": 2}
     recipe["data"] |= {"shards": str(folder / "train-0.tar"), "held_out": str(folder / "held_out-0.tar")}
     recipe["data"] |= {"tokenizer": str(folder / "tokenizer.json"), "workers": 0}
-    recipe["trainer"] |= {"global_batch": 64, "micro_batch": 64, "base_learning_rate": 1.2e-2, "max_steps": 300}
-    recipe["trainer"] |= {"warmup_samples": 640, "eval_every": 300, "log_every": 50}
+    recipe["trainer"] |= {"global_batch": 64, "micro_batch": 64, "base_learning_rate": 1.2e-2, "max_steps": 400}
+    recipe["trainer"] |= {"warmup_samples": 640, "eval_every": 400, "log_every": 50}
     recipe["evals"] = {"zero_shot": {"data": str(folder / "test"), "templates": ["a drawing of a {}", "here is a {}"]}}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
