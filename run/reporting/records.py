@@ -54,6 +54,13 @@ def add_record(file: Path, record: dict[str, Any]) -> None:
     append_line(file, json.dumps(record, ensure_ascii=False))
 
 
+def formatted(value: Any) -> str:
+    """Returns a value of a result for people: a number, an interval or a text."""
+    if isinstance(value, list | tuple):
+        return " to ".join(map(formatted, value))
+    return f"{value:.4g}" if isinstance(value, int | float) else str(value)
+
+
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """Returns the results in the run's folder, whatever their file is called; of those measured twice, the later."""
     found = {}

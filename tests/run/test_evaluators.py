@@ -230,7 +230,7 @@ def test_zero_shot_is_a_plain_loop(found, folder):
 def test_recall_is_a_plain_loop_over_queries(found, folder):
     objective, tokenizer = toy(), Tokenizer.load(folder / "tokenizer.json")
     data = DataConfig(shards=str(folder / "pairs.tar"), cache=str(folder / "cache"))
-    reader = PairReader(data, 100)
+    reader = PairReader.open(data, 100)
     pairs = [pair for pair in reader.read(range(len(reader)), 16) if pair.captions]
     assert len(pairs) == 21 and [pair.number for pair in pairs[4:6]] == [5, 6] and "key09" in reader.left_out[0]
     with torch.inference_mode():
