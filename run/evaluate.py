@@ -191,8 +191,8 @@ def show(name: str, result: Result, console: Console) -> None:
             if metric not in NAMES:
                 about = "  ".join(str(record[part]) for part in ("method", "setting") if part in record)
                 console.info(f"{about}  {metric:26} {formatted(value):>10}")
-    for found, what in ((result.captions, "captions"), (result.pictures, "pictures")):
-        if found:
+    for what in ("captions", "translations", "pictures"):
+        if found := getattr(result, what):
             console.info(f"{name}: {len(found):,} {what}, in the run's folder")
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -101,7 +101,7 @@ class PairReader:
     def _places(self) -> list[tuple[int, int]]:
         return list(self.reader.spread(self.limit))
 
-    def read(self, numbers: Sequence[int], size: int | None) -> Iterator[Pair]:
+    def read(self, numbers: Iterable[int], size: int | None) -> Iterator[Pair]:
         """Yields the pairs of these numbers, 0..len - 1, `size` pixels a side, without those that cannot be used; None
         reads no image."""
         parts = PARTS[1:] if size is None else PARTS
@@ -117,7 +117,11 @@ class PairReader:
 
     def captioned_share(self, size: int, batch: int) -> Iterator[list[Pair]]:
         """Yields this rank's pairs that have a caption, in batches."""
-        pairs = (pair for pair in self.read(share(len(self)), size) if pair.captions)
+        return self.share(size, batch, lambda pair: bool(pair.captions))
+
+    def share(self, size: int | None, batch: int, wanted: Callable[[Pair], bool]) -> Iterator[list[Pair]]:
+        """Yields this rank's pairs that are wanted, in batches; `size` as of `read`."""
+        pairs = (pair for pair in self.read(share(len(self)), size) if wanted(pair))
         while found := list(itertools.islice(pairs, batch)):
             yield found
 

@@ -12,7 +12,7 @@ from typing import Any
 from mug.run.common.output import append_line
 from mug.run.state.checkpoint import Checkpoint
 
-RESULTS, CAPTIONS = "results.jsonl", "captions.jsonl"
+RESULTS, CAPTIONS, TRANSLATIONS = "results.jsonl", "captions.jsonl", "translations.jsonl"
 NAMES = ("method", "encoder", "data", "feature", "setting")
 
 
