@@ -60,8 +60,9 @@ class WrittenCaptions(Evaluator):
     def __init__(self, config: CaptionsConfig, context: EvalContext):
         super().__init__(config, context)
         load_package("sacrebleu", EXTRA)
+        if config.language:
+            check_tokens([config.language], context, "captions.language")
         self.pairs = open_pairs(config, context, config.language)
-        check_tokens([config.language or self.pairs.languages[0]], context, "captions.language")
         self.warned: set[str] = set()
 
     def check(self, objective: Objective) -> None:

@@ -78,10 +78,10 @@ class Retrieval(Evaluator):
     def __init__(self, config: RetrievalConfig, context: EvalContext):
         super().__init__(config, context)
         apart = config.languages or (context.tokenizer and context.tokenizer.languages)
+        if config.languages:
+            check_tokens(DataConfig(language=config.languages).languages(), context, "retrieval.languages")
         self.pairs = open_pairs(config, context, config.languages)
         self.languages = self.pairs.languages if apart else (ALL,)
-        if apart:
-            check_tokens(self.languages, context, "retrieval.languages")
 
     def run(self, subject: Subject) -> Result:
         embedded = sorted(hardware.gather(list(self._embed_share(subject.whole))), key=lambda one: one.number)

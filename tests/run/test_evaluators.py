@@ -306,7 +306,7 @@ def test_every_evaluation_is_found_by_its_file():
             "linear_probe",
             "losses",
         ),
-        *("pictures", "retrieval", "segmentation", "zero_shot"),
+        *("pictures", "retrieval", "segmentation", "text_retrieval", "translate", "zero_shot"),
     ]
     for name in evaluator_names():
         assert issubclass(find_evaluator(name), Evaluator)
