@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ def split(text: str, tokenizer: str) -> list[str]:
     return _metric(4, tokenizer, lowercase=True).tokenizer(text.lower()).split()
 
 
-def _metric(order: int, tokenizer: str, lowercase: bool):
+def _metric(order: int, tokenizer: str, lowercase: bool) -> Any:
     from sacrebleu.metrics import BLEU
 
     return BLEU(max_ngram_order=order, lowercase=lowercase, tokenize=tokenizer)
@@ -57,13 +58,13 @@ def _streams(true: Texts) -> list[tuple[str | None, ...]]:
     return list(zip_longest(*true))
 
 
-def _statistics(metric, written: str, true: Sequence[str]) -> list[int]:
+def _statistics(metric: Any, written: str, true: Sequence[str]) -> list[int]:
     """Returns lengths, and numbers of n-grams that are right and of all, by order: BLEU is of their sums."""
     found = metric.corpus_score([written], [[one] for one in true])
     return [found.sys_len, found.ref_len, *found.counts, *found.totals]
 
 
-def _from_sums(metric, sums: np.ndarray) -> float:
+def _from_sums(metric: Any, sums: np.ndarray) -> float:
     written, true, *rest = sums.astype(int).tolist()
     counts, totals = rest[: len(rest) // 2], rest[len(rest) // 2 :]
     return metric.compute_bleu(counts, totals, written, true, smooth_method=metric.smooth_method).score

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mug.data.captions import TEXT_LANGUAGE
-from mug.model.objectives.objective import Captions, CaptionsInLanguages, Objective
+from mug.model.objectives.objective import Captions, CaptionsInLanguages
 from mug.run.cluster import hardware
 from mug.run.common.command_line import check_min
 from mug.run.common.errors import RunError
@@ -65,12 +65,13 @@ class WrittenCaptions(Evaluator):
         self.pairs = open_pairs(config, context, config.language)
         self.warned: set[str] = set()
 
-    def check(self, objective: Objective) -> None:
+    def check(self, objective: Any) -> None:
         super().check(objective)
         objective.check_captions()
 
     def run(self, subject: Subject) -> Result:
-        objective, rows = subject.whole, []
+        objective: Any = subject.whole
+        rows: list[tuple[int, dict[str, Any]]] = []
         language = self.config.language or (self.pairs.languages[0] if chooses_language(objective) else None)
         for pairs in self.pairs.captioned_share(objective.config.image_size, self.context.micro_batch):
             self.context.progress(f"captions, pair {pairs[0].number:,} of {len(self.pairs):,}")
@@ -78,23 +79,23 @@ class WrittenCaptions(Evaluator):
                 having = (pair for pair in pairs if language in pair.texts)
                 pairs = [pair._replace(texts={language: pair.texts[language]}) for pair in having]
             rows += self._write(objective, pairs, language) if pairs else []
-        rows = [row for _, row in sorted(hardware.gather(rows), key=lambda one: one[0])]
+        lines = [row for _, row in sorted(hardware.gather(rows), key=lambda one: one[0])]
         self.pairs.report()
-        if not rows:
+        if not lines:
             raise RunError(
                 f"none of the pairs of {name_of_pairs(self.config)} has a caption in"
                 f" {language or ','.join(self.pairs.languages)};"
                 " choose other `shards`"
             )
-        written, true = [row["written"] for row in rows], [row["true"] for row in rows]
+        written, true = [row["written"] for row in lines], [row["true"] for row in lines]
         scores = hardware.on_rank_zero(lambda: score(written, true, self._warn_once, language))
         about = {
             "method": f"captions, {self.config.beams} beam{'s' * (self.config.beams > 1)}",
             "encoder": self.encoder_name(subject),
         }
         about |= {"data": name_of_pairs(self.config)} | ({"setting": language} if language else {})
-        about |= {"images": len(rows)}
-        return Result({f"captions/{name}": value for name, value in scores.items()}, [about | scores], rows)
+        about |= {"images": len(lines)}
+        return Result({f"captions/{name}": value for name, value in scores.items()}, [about | scores], lines)
 
     def _warn_once(self, line: str) -> None:
         if line not in self.warned:
@@ -102,18 +103,20 @@ class WrittenCaptions(Evaluator):
         self.warned.add(line)
 
     @torch.inference_mode()
-    def _write(self, objective: Objective, pairs: list[Pair], language: str | None) -> list[tuple[int, dict[str, Any]]]:
+    def _write(self, objective: Any, pairs: list[Pair], language: str | None) -> list[tuple[int, dict[str, Any]]]:
         """Returns the number of each pair, and its line of captions.jsonl."""
         of = {"language": objective.languages.index(language)} if chooses_language(objective) else {}
         tokens_BT = objective.caption(images_of(pairs), self.config.beams, **of)
-        written = [self.context.tokenizer.decode(row) for row in tokens_BT[:, 1:].tolist()]
+        tokenizer = self.context.tokenizer
+        assert tokenizer is not None  # of the captions that it learned
+        written = [tokenizer.decode(row) for row in tokens_BT[:, 1:].tolist()]
         return [
             (pair.number, {"key": pair.key, "written": text, "true": pair.captions})
             for pair, text in zip(pairs, written, strict=True)
         ]
 
 
-def chooses_language(objective: Objective) -> bool:
+def chooses_language(objective: object) -> bool:
     """Whether the objective writes in the language that it is told."""
     return isinstance(objective, CaptionsInLanguages) and bool(objective.languages)
 

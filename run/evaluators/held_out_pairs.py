@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from mug.run.common.errors import RunError
 from mug.run.evaluators.evaluator import EvalConfig, EvalContext
 from mug.run.evaluators.sharing import share
 
+NO_IMAGE = np.empty(0, np.uint8)
+
 log = logging.getLogger("mug")
 
 
@@ -50,13 +52,13 @@ class PairsConfig(EvalConfig):
 
 
 class Pair(NamedTuple):
-    """number: of the pair among those that are read. image: uint8 [3, S, S]; None where none is read. texts: language →
-    its captions, where it has some; what stands in where it has none in the wanted languages. meta: its json, empty
-    where it has none."""
+    """number: of the pair among those that are read. image: uint8 [3, S, S], or NO_IMAGE. texts: language → captions,
+    of those that it has; what stands in where it has none in the wanted ones. meta: its json, empty where it has none.
+    """
 
     number: int
     key: str
-    image: np.ndarray | None
+    image: np.ndarray
     texts: dict[str, list[str]]
     meta: bytes
 
@@ -85,6 +87,7 @@ class PairReader:
         Raises:
             DataError: a shard cannot be read, or no pair has a caption in a wanted language.
         """
+        assert data.shards is not None
         reader = Reader.open(data.shards, data)
         check_languages(reader, data.languages())
         return PairReader(reader, data.languages(), limit)
@@ -110,7 +113,7 @@ class PairReader:
             key = self.reader.index.key(shard, row)
             try:
                 data, text, meta = self.reader.read(shard, row, parts)
-                image = None if size is None else decode_crop(data, size, CentralSquare())
+                image = NO_IMAGE if size is None else decode_crop(data, size, CentralSquare())
                 yield Pair(number, key, image, by_language(text, meta, self.languages), meta)
             except BadSample as error:
                 self.left_out.append(f"shard '{redact_url(self.reader.index.urls[shard])}', key '{key}': {error}")
@@ -165,6 +168,7 @@ def open_texts(config: PairsConfig, context: EvalContext, kinds: Sequence[str], 
         data = context.pairs or DataConfig(cache=context.cache)
         return PairReader(Reader.open(config.shards, data, images_needed=False), tuple(languages), config.limit)
     for kind in kinds:
+        samples: Any
         for samples in context.held_out.values():
             if samples.kind == kind:
                 return PairReader(samples.reader, tuple(languages), config.limit)

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mug.data.captions import TEXT_LANGUAGE
 from mug.data.config import DataConfig
-from mug.model.objectives.objective import EmbedsPairs, Objective
+from mug.model.objectives.objective import EmbedsPairs
 from mug.run.cluster import hardware
 from mug.run.common.errors import RunError
 from mug.run.evaluators.evaluator import EvalContext, Evaluator, Result, Subject
@@ -107,9 +107,10 @@ class Retrieval(Evaluator):
         return Result(metrics, records)
 
     @torch.inference_mode()
-    def _embed_share(self, objective: Objective) -> Iterator[Embedded]:
+    def _embed_share(self, objective: Any) -> Iterator[Embedded]:
         """Yields this rank's pairs."""
-        batch = self.context.micro_batch
+        batch, tokenizer = self.context.micro_batch, self.context.tokenizer
+        assert tokenizer is not None  # of the captions that it learned
         for pairs in self.pairs.captioned_share(objective.config.image_size, batch):
             self.context.progress(f"retrieval, pair {pairs[0].number:,} of {len(self.pairs):,}")
             with fast_products(hardware.device()):
@@ -119,7 +120,7 @@ class Retrieval(Evaluator):
                     captions = [self._captions(pair, language) for pair in pairs]
                     if flat := [*itertools.chain.from_iterable(captions)]:
                         of = language or TEXT_LANGUAGE
-                        text_ME = embed_texts(objective, self.context.tokenizer, flat, batch, of)
+                        text_ME = embed_texts(objective, tokenizer, flat, batch, of)
                         parts = text_ME.split([len(some) for some in captions])
                         for found, text_KE in zip(texts, parts, strict=True):
                             found |= {language: text_KE} if len(text_KE) else {}
@@ -183,7 +184,7 @@ def metrics_of(hits_N8: np.ndarray) -> dict[str, float]:
 def chance(captions_N: Sequence[int]) -> float:
     """Returns the mean recall that a random order is expected to have, of images with so many captions each."""
     N, M = len(captions_N), sum(captions_N)
-    none = [np.mean([math.comb(M - own, k) / math.comb(M, k) for own in captions_N]) for k in RECALLS if k <= M]
+    none = [sum(math.comb(M - own, k) for own in captions_N) / N / math.comb(M, k) for k in RECALLS if k <= M]
     by_image = [1 - some for some in none] + [1.0] * (len(RECALLS) - len(none))
     return float(np.mean(by_image + [min(k, N) / N for k in RECALLS]))
 

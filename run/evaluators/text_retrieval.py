@@ -7,7 +7,7 @@ Dimension letters: N rows, U distinct texts, Q queries, C candidates, E size of 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from mug.data.captions import TEXT_LANGUAGE, languages_in
 from mug.data.config import TextConfig
 from mug.data.order import spread
-from mug.model.objectives.objective import EmbedsSentences, Objective
+from mug.model.objectives.objective import EmbedsSentences
 from mug.run.cluster import hardware
 from mug.run.common.command_line import check_min
 from mug.run.common.errors import RunError
@@ -96,8 +96,8 @@ class TextRetrieval(Evaluator):
                 "from en": back,
                 "chance": chance,
             }
-            for name in ("to en", "from en"):
-                record[f"{name} interval"] = Accuracy((record[name],), len(hits_N3)).test_interval()
+            for name, share_found in (("to en", to), ("from en", back)):
+                record[f"{name} interval"] = Accuracy((share_found,), len(hits_N3)).test_interval()
             records.append(record)
         names = ("to en", "from en", "chance")
         means = dict(zip(names, np.mean([hits_N3.mean(0) for hits_N3 in hits.values()], axis=0).tolist(), strict=True))
@@ -141,18 +141,17 @@ class TextRetrieval(Evaluator):
         return found
 
     @torch.inference_mode()
-    def _embed(self, objective: Objective, pairs: dict[str, Translations]) -> dict[tuple[str, str], Tensor]:
+    def _embed(self, objective: Any, pairs: dict[str, Translations]) -> dict[tuple[str, str], Tensor]:
         """Returns (language, text) → its embedding, fp32 [E] on the CPU; a collective call."""
         texts = {(language, text) for language, some in pairs.items() for text in some.texts}
         texts |= {(TEXT_LANGUAGE, text) for some in pairs.values() for text in some.english}
         distinct, parts = sorted(texts), []
         mine = [distinct[i] for i in share(len(distinct))] or distinct[:1]  # sorted: a language's stand together
-        length, batch = objective.config.text_length, self.context.micro_batch
+        length, batch, tokenizer = objective.config.text_length, self.context.micro_batch, self.context.tokenizer
+        assert tokenizer is not None  # of the texts that it learned
         for i in range(0, len(mine), batch):
             self.context.progress(f"text retrieval, text {i:,} of {len(mine):,}")
-            rows = [
-                tokens_of([text], self.context.tokenizer, length, language) for language, text in mine[i : i + batch]
-            ]
+            rows = [tokens_of([text], tokenizer, length, language) for language, text in mine[i : i + batch]]
             with fast_products(hardware.device()):
                 parts.append(objective.embed_sentence(torch.cat(rows)).float().cpu())
         return dict(zip(distinct, gather_rows(torch.cat(parts), len(distinct)), strict=True))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mug.model.objectives.objective import Objective, Translates
+from mug.model.objectives.objective import Translates
 from mug.run.cluster import hardware
 from mug.run.common.command_line import check_min
 from mug.run.common.errors import RunError
@@ -73,7 +73,7 @@ class Translate(Evaluator):
         check_tokens(languages, context, "translate.source or target")
         self.pairs = open_texts(config, context, KINDS, languages)
 
-    def check(self, objective: Objective) -> None:
+    def check(self, objective: Any) -> None:
         super().check(objective)
         objective.check_translations()
         if not objective.languages:
@@ -112,6 +112,7 @@ class Translate(Evaluator):
 
     def _translated(self, objective: Any, pairs: list[Pair], image_BCHW: Tensor | None) -> list[str]:
         source, target, tokenizer = self.config.source, self.config.target, self.context.tokenizer
+        assert tokenizer is not None  # of the texts that it learned
         texts = [pair.texts[source][0] for pair in pairs]
         source_BT = tokens_of(texts, tokenizer, objective.config.text_length, source)
         number = objective.languages.index(target)
