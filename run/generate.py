@@ -105,7 +105,7 @@ def read_inputs(options: Namespace, data: DataConfig, size: int) -> tuple[list[n
         if is_image(path.name):
             pairs.append((read_image(path, size), ""))
         else:
-            reader = PairReader(replace(data, shards=name), options.limit)
+            reader = PairReader.open(replace(data, shards=name), options.limit)
             found = reader.read(range(len(reader)), size)
             pairs += [(pair.image, next(iter(pair.captions), "")) for pair in found]
             for reason in reader.left_out:

@@ -1,12 +1,11 @@
 """Scores written captions against the true ones.
 
-BLEU is sacrebleu's, in lower case. CIDEr and METEOR are those of the package pycocoevalcap, where it is installed;
-METEOR starts Java. COCO's own evaluation also tokenizes with a Java program; here sacrebleu's 13a rules do, and
-punctuation is left out, so metrics differ a little from COCO's.
+BLEU is sacrebleu's, in lower case, by its tokenizer of the language. CIDEr and METEOR are those of the package
+pycocoevalcap, where it is installed; METEOR starts Java, and is of English. COCO's own evaluation also tokenizes with a
+Java program; here sacrebleu's rules do, and punctuation is left out, so metrics differ a little from COCO's.
 """
 
 import importlib.util
-import itertools
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,13 +13,15 @@ from typing import Any
 
 import torch
 
-from mug.model.objectives.objective import Captions, Objective
+from mug.data.captions import TEXT_LANGUAGE
+from mug.model.objectives.objective import Captions, CaptionsInLanguages
 from mug.run.cluster import hardware
 from mug.run.common.command_line import check_min
 from mug.run.common.errors import RunError
 from mug.run.common.packages import load_package
+from mug.run.evaluators.bleu import DEFAULT, bleu, split, tokenizer_of
 from mug.run.evaluators.evaluator import EvalContext, Evaluator, Result, Subject
-from mug.run.evaluators.held_out_pairs import Pair, PairsConfig, images_of, name_of_pairs, open_pairs
+from mug.run.evaluators.held_out_pairs import Pair, PairsConfig, check_tokens, images_of, name_of_pairs, open_pairs
 
 ORDERS = range(1, 5)
 OPTIONAL = ("CIDEr", "METEOR")
@@ -34,9 +35,12 @@ class CaptionsConfig(PairsConfig):
 
     Args:
         beams: 1 is greedy.
+        language: language to write in, and of the true captions; without it, the first of the run's where the objective
+            writes in several.
     """
 
     beams: int = 4
+    language: str | None = None
 
     def check(self) -> None:
         super().check()
@@ -56,33 +60,42 @@ class WrittenCaptions(Evaluator):
     def __init__(self, config: CaptionsConfig, context: EvalContext):
         super().__init__(config, context)
         load_package("sacrebleu", EXTRA)
-        self.pairs = open_pairs(config, context)
+        if config.language:
+            check_tokens([config.language], context, "captions.language")
+        self.pairs = open_pairs(config, context, config.language)
         self.warned: set[str] = set()
 
-    def check(self, objective: Objective) -> None:
+    def check(self, objective: Any) -> None:
         super().check(objective)
         objective.check_captions()
 
     def run(self, subject: Subject) -> Result:
-        objective, rows = subject.whole, []
+        objective: Any = subject.whole
+        rows: list[tuple[int, dict[str, Any]]] = []
+        language = self.config.language or (self.pairs.languages[0] if chooses_language(objective) else None)
         for pairs in self.pairs.captioned_share(objective.config.image_size, self.context.micro_batch):
             self.context.progress(f"captions, pair {pairs[0].number:,} of {len(self.pairs):,}")
-            rows += self._write(objective, pairs)
-        rows = [row for _, row in sorted(hardware.gather(rows), key=lambda one: one[0])]
+            if language:
+                having = (pair for pair in pairs if language in pair.texts)
+                pairs = [pair._replace(texts={language: pair.texts[language]}) for pair in having]
+            rows += self._write(objective, pairs, language) if pairs else []
+        lines = [row for _, row in sorted(hardware.gather(rows), key=lambda one: one[0])]
         self.pairs.report()
-        if not rows:
+        if not lines:
             raise RunError(
-                f"none of the pairs of {name_of_pairs(self.config)} has a caption in {self.pairs.data.language};"
+                f"none of the pairs of {name_of_pairs(self.config)} has a caption in"
+                f" {language or ','.join(self.pairs.languages)};"
                 " choose other `shards`"
             )
-        written, true = [row["written"] for row in rows], [row["true"] for row in rows]
-        scores = hardware.on_rank_zero(lambda: score(written, true, self._warn_once))
+        written, true = [row["written"] for row in lines], [row["true"] for row in lines]
+        scores = hardware.on_rank_zero(lambda: score(written, true, self._warn_once, language))
         about = {
             "method": f"captions, {self.config.beams} beam{'s' * (self.config.beams > 1)}",
             "encoder": self.encoder_name(subject),
         }
-        about |= {"data": name_of_pairs(self.config), "images": len(rows)}
-        return Result({f"captions/{name}": value for name, value in scores.items()}, [about | scores], rows)
+        about |= {"data": name_of_pairs(self.config)} | ({"setting": language} if language else {})
+        about |= {"images": len(lines)}
+        return Result({f"captions/{name}": value for name, value in scores.items()}, [about | scores], lines)
 
     def _warn_once(self, line: str) -> None:
         if line not in self.warned:
@@ -90,17 +103,30 @@ class WrittenCaptions(Evaluator):
         self.warned.add(line)
 
     @torch.inference_mode()
-    def _write(self, objective: Objective, pairs: list[Pair]) -> list[tuple[int, dict[str, Any]]]:
-        """Yields the number of each pair, and its line of captions.jsonl."""
-        tokens_BT = objective.caption(images_of(pairs), self.config.beams)
-        written = [self.context.tokenizer.decode(row) for row in tokens_BT[:, 1:].tolist()]
+    def _write(self, objective: Any, pairs: list[Pair], language: str | None) -> list[tuple[int, dict[str, Any]]]:
+        """Returns the number of each pair, and its line of captions.jsonl."""
+        of = {"language": objective.languages.index(language)} if chooses_language(objective) else {}
+        tokens_BT = objective.caption(images_of(pairs), self.config.beams, **of)
+        tokenizer = self.context.tokenizer
+        assert tokenizer is not None  # of the captions that it learned
+        written = [tokenizer.decode(row) for row in tokens_BT[:, 1:].tolist()]
         return [
             (pair.number, {"key": pair.key, "written": text, "true": pair.captions})
             for pair, text in zip(pairs, written, strict=True)
         ]
 
 
-def score(written: Sequence[str], true: Sequence[Sequence[str]], warn: Callable[[str], None]) -> dict[str, float]:
+def chooses_language(objective: object) -> bool:
+    """Whether the objective writes in the language that it is told."""
+    return isinstance(objective, CaptionsInLanguages) and bool(objective.languages)
+
+
+def score(
+    written: Sequence[str],
+    true: Sequence[Sequence[str]],
+    warn: Callable[[str], None],
+    language: str | None = None,
+) -> dict[str, float]:
     """Returns BLEU-1 to BLEU-4 (0..100), CIDEr and METEOR (0..1, CIDEr up to 10) of N captions against the true ones.
 
     `distinct` is the share of different captions among the written: a model that writes one for every image has 1 / N.
@@ -108,25 +134,19 @@ def score(written: Sequence[str], true: Sequence[Sequence[str]], warn: Callable[
 
     Args:
         warn: called once for each metric that is left out, with the reason.
+        language: of the captions, which decides how they are cut into words; None for words between spaces.
     """
-    metrics = {f"BLEU-{order}": bleu(written, true, order) for order in ORDERS}
-    metrics["BLEU-4 of another image's"] = bleu([*written[1:], *written[:1]], true, 4)
+    tokenizer = tokenizer_of(language) if language else DEFAULT
+    metrics = {f"BLEU-{order}": bleu(written, true, order, tokenizer) for order in ORDERS}
+    metrics["BLEU-4 of another image's"] = bleu([*written[1:], *written[:1]], true, 4, tokenizer)
     metrics["distinct"] = len(set(written)) / len(written)
-    lacking = missing()
+    lacking = missing() | ({} if language in (None, TEXT_LANGUAGE) else {"METEOR": f"it is of English, not {language}"})
     for name in OPTIONAL:
         if name in lacking:
             warn(f"{name} is left out: {lacking[name]}")
         else:
-            metrics[name] = coco(name, written, true)
+            metrics[name] = coco(name, written, true, tokenizer)
     return metrics
-
-
-def bleu(written: Sequence[str], true: Sequence[Sequence[str]], order: int) -> float:
-    """Returns corpus BLEU up to n-grams of `order`, 0..100."""
-    from sacrebleu.metrics import BLEU
-
-    streams = list(itertools.zip_longest(*true))  # the i-th caption of each image, None where it has fewer
-    return BLEU(max_ngram_order=order, lowercase=True).corpus_score(list(written), streams).score
 
 
 def missing() -> dict[str, str]:
@@ -136,20 +156,17 @@ def missing() -> dict[str, str]:
     return {} if shutil.which("java") else {"METEOR": "it needs Java"}
 
 
-def coco(name: str, written: Sequence[str], true: Sequence[Sequence[str]]) -> float:
+def coco(name: str, written: Sequence[str], true: Sequence[Sequence[str]], tokenizer: str = DEFAULT) -> float:
     """Returns CIDEr or METEOR of the full set."""
     if name == "CIDEr":
         from pycocoevalcap.cider.cider import Cider as Scorer
     else:
         from pycocoevalcap.meteor.meteor import Meteor as Scorer
-    ours = {i: [words(caption)] for i, caption in enumerate(written)}
-    theirs = {i: [words(caption) for caption in captions] for i, captions in enumerate(true)}
+    ours = {i: [words(caption, tokenizer)] for i, caption in enumerate(written)}
+    theirs = {i: [words(caption, tokenizer) for caption in captions] for i, captions in enumerate(true)}
     return float(Scorer().compute_score(theirs, ours)[0])
 
 
-def words(caption: str) -> str:
+def words(caption: str, tokenizer: str = DEFAULT) -> str:
     """Returns the caption in lower case, tokenized, without punctuation."""
-    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-
-    parts = Tokenizer13a()(caption.lower()).split()
-    return " ".join(part for part in parts if any(character.isalnum() for character in part))
+    return " ".join(part for part in split(caption, tokenizer) if any(character.isalnum() for character in part))

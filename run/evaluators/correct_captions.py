@@ -63,7 +63,7 @@ class CorrectCaptions(Evaluator):
             self.context.progress(f"correct captions, pair {pairs[0].number:,} of {len(self.pairs):,}")
             for source, texts in self._write(objective, pairs).items():
                 for pair, text in zip(pairs, texts, strict=True):
-                    one = count(text, pair, self.pairs.data.languages())
+                    one = count(text, pair, self.pairs.languages)
                     counts += Counts({(source, *of): n for of, n in one.items()})
                     if source == WHOLE:
                         rows.append((pair.number, {"key": pair.key, "written": text, "true": pair.captions}))

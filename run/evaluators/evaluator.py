@@ -97,11 +97,13 @@ class Result:
     metrics: by name, for the run's curves.
     records: lines of results.jsonl, each with its `method` and what it was measured on; see mug.run.reporting.records.
     captions: lines of captions.jsonl: `key`, `written` and `true`.
+    translations: lines of translations.jsonl: `key`, `source`, `written` in each way, and `true`.
     """
 
     metrics: dict[str, float]
     records: list[dict[str, Any]] = field(default_factory=list)
     captions: list[dict[str, Any]] = field(default_factory=list)
+    translations: list[dict[str, Any]] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
 
 

@@ -1,14 +1,31 @@
-"""Confidence intervals of an accuracy: over the seeds, and over the test images."""
+"""Confidence intervals of an accuracy, over the seeds and over the test images; and of any metric, by bootstrap."""
 
 import math
 import statistics
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 Z = 1.959964  # 97.5% of the normal distribution
 # 97.5% of Student's t with 1, 2, … 9 degrees of freedom: up to ten seeds.
 T = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157)
 MAX_SEEDS = len(T) + 1
+RESAMPLES = 1000  # of a bootstrap
+
+
+def bootstrap(values_NS: np.ndarray) -> np.ndarray:
+    """Returns float64 [RESAMPLES, S], the sums of the values over N items drawn with replacement, always the same ones:
+    what is computed from columns of one call is paired."""
+    random, count = np.random.default_rng(0), len(values_NS)
+    draws = (random.integers(0, count, count) for _ in range(RESAMPLES))
+    return np.stack([np.bincount(drawn, minlength=count) @ values_NS for drawn in draws])
+
+
+def interval(values_R: np.ndarray) -> tuple[float, float]:
+    """Returns the 95% interval of a metric, given its values on the resamples; NaN does not count."""
+    low, high = np.nanpercentile(values_R, (2.5, 97.5)).tolist()
+    return low, high
 
 
 @dataclass(frozen=True)

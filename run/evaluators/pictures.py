@@ -41,7 +41,7 @@ class Pictures(Evaluator):
         super().__init__(config, context)
         data, self.pairs = context.pairs, None
         if data and (shards := held_out_shards(data)):
-            self.pairs = PairReader(replace(data, shards=shards), config.count)
+            self.pairs = PairReader.open(replace(data, shards=shards), config.count)
 
     def check(self, objective: Objective) -> None:
         check_pictured(objective)

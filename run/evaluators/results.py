@@ -12,20 +12,23 @@ from mug.run.common.output import write_whole
 from mug.run.evaluators.evaluator import Result
 from mug.run.evaluators.intervals import Accuracy
 from mug.run.reporting.grid import draw_grid
-from mug.run.reporting.records import CAPTIONS
+from mug.run.reporting.records import CAPTIONS, TRANSLATIONS
 
 
 def save_examples(result: Result, output: Path, step: int) -> None:
-    """Write pictures to samples/step-N.png and captions to captions.jsonl of the run's folder; a collective call."""
+    """Write pictures to samples/step-N.png, captions and translations to .jsonl of these names, in the run's folder; a
+    collective call."""
+    texts = {CAPTIONS: result.captions, TRANSLATIONS: result.translations}
 
     def write() -> None:
         if result.pictures:
             draw_grid(result.pictures, output / "samples" / f"step-{step}.png")
-        if result.captions:
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in result.captions)
-            write_whole(output / CAPTIONS, "".join(lines))
+        for file, rows in texts.items():
+            if rows:
+                lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                write_whole(output / file, "".join(lines))
 
-    if result.pictures or result.captions:
+    if result.pictures or any(texts.values()):
         hardware.on_rank_zero(write)
 
 

@@ -7,21 +7,21 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mug.data.builders import fashion_mnist
+from mug.data.captions import TEXT_LANGUAGE
 from mug.data.labelled_sources import Source, open_fashion_mnist, open_openmoji, open_source
 from mug.data.order import spread
 from mug.data.store.expand import without_signatures
 from mug.data.tokenizer import Tokenizer
 from mug.model.objectives.objective import EmbedsPairs, Objective
-from mug.run.cluster import hardware
 from mug.run.common.command_line import check_min
 from mug.run.common.errors import RunError
 from mug.run.evaluators.evaluator import EvalConfig, EvalContext, Evaluator, Result, Subject
 from mug.run.evaluators.features import Features, extract_shared
+from mug.run.evaluators.held_out_pairs import tokens_of
 from mug.run.evaluators.sharing import gather_rows, share, sum_over_ranks
 
 
@@ -138,12 +138,14 @@ def class_names(config: ZeroShotConfig, images: Source) -> dict[str, str]:
 
 
 @torch.inference_mode()
-def embed_texts(objective: Objective, tokenizer: Tokenizer, texts: list[str], batch: int) -> Tensor:
+def embed_texts(
+    objective: Objective, tokenizer: Tokenizer, texts: list[str], batch: int, language: str = TEXT_LANGUAGE
+) -> Tensor:
     """Returns the texts' embeddings, fp32 [len(texts), E] of unit length, on the CPU."""
     length, parts = objective.config.text_length, []
     for i in range(0, len(texts), batch):
-        tokens_BT = torch.from_numpy(np.stack([tokenizer.encode(text, length) for text in texts[i : i + batch]]))
-        parts.append(objective.embed_text(tokens_BT.to(hardware.device())).float().cpu())
+        tokens_BT = tokens_of(texts[i : i + batch], tokenizer, length, language)
+        parts.append(objective.embed_text(tokens_BT).float().cpu())
     return torch.cat(parts)
 
 

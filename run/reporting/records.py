@@ -12,7 +12,7 @@ from typing import Any
 from mug.run.common.output import append_line
 from mug.run.state.checkpoint import Checkpoint
 
-RESULTS, CAPTIONS = "results.jsonl", "captions.jsonl"
+RESULTS, CAPTIONS, TRANSLATIONS = "results.jsonl", "captions.jsonl", "translations.jsonl"
 NAMES = ("method", "encoder", "data", "feature", "setting")
 
 
@@ -52,6 +52,13 @@ def correct_line(metrics: Mapping[str, float]) -> str:
 def add_record(file: Path, record: dict[str, Any]) -> None:
     """Append a result to a file of them."""
     append_line(file, json.dumps(record, ensure_ascii=False))
+
+
+def formatted(value: Any) -> str:
+    """Returns a value of a result for people: a number, an interval or a text."""
+    if isinstance(value, list | tuple):
+        return " to ".join(map(formatted, value))
+    return f"{value:.4g}" if isinstance(value, int | float) else str(value)
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

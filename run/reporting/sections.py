@@ -15,7 +15,7 @@ from mug.run.reporting.grid import read_grid
 from mug.run.reporting.hero import draw_hero, draw_training
 from mug.run.reporting.metrics import SECTIONS, Figure, collect
 from mug.run.reporting.page import bytes_url, data_url, render
-from mug.run.reporting.records import correct_line
+from mug.run.reporting.records import correct_line, formatted
 from mug.run.reporting.runs import Row, RunFolder
 
 COLOURS = 8  # of the style; later runs begin again
@@ -197,7 +197,7 @@ def transfer(runs: Sequence[RunFolder]) -> list[Block]:
 def _result(row: Row) -> str:
     """Returns an accuracy with its intervals, in percent; of other methods all metrics by name."""
     if "accuracy" not in row:
-        return _pairs({name: value for name, value in row.items() if isinstance(value, int | float)})
+        return _pairs({name: value for name, value in row.items() if isinstance(value, int | float | list)})
     text = f"{row['accuracy']:.2%}"
     if row.get("deviation") is not None:
         text += f" ± {100 * row['deviation']:.2f} ({row['seeds']} seeds)"
@@ -208,7 +208,7 @@ def _result(row: Row) -> str:
 
 
 def _pairs(metrics: Row) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    return ", ".join(f"{name} {formatted(value)}" for name, value in metrics.items())
 
 
 # --- Pictures and captions --------------------------------------------------------------------------------

@@ -29,7 +29,15 @@ from mug.run.training.step import train_step
 SCHEDULED = ("max_steps", "epochs", "base_learning_rate", "min_learning_rate", "schedule", "warmup_samples")
 
 # Prefixes of the metrics that the terminal shows; a named stream's stand behind its name.
-SHOWN = ("/loss/", "/acc", "/recall@1/", "/mean IoU/segments", "/captions/BLEU-4")
+SHOWN = (
+    "/loss/",
+    "/acc",
+    "/recall@1/",
+    "/mean IoU/segments",
+    "/captions/BLEU-4",
+    "/translation/BLEU",
+    "/text retrieval/mean",
+)
 
 
 def log_summary(run: Run, resumed: Checkpoint | None) -> None:

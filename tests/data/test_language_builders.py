@@ -1,5 +1,6 @@
 """Builders of texts in many languages: what they take from small packages, and what they count as left out."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -10,7 +11,9 @@ import pytest
 
 from mug.data.builders.cldr import annotations, cldr_pairs, read_cldr
 from mug.data.builders.debian_descriptions import read_descriptions
+from mug.data.builders.multi30k import multi30k_pairs, multi30k_splits
 from mug.data.builders.npm_files import npm_files
+from mug.data.builders.tatoeba import CODES, read_tatoeba
 from mug.data.builders.udhr import read_udhr
 from mug.data.errors import DataError
 from mug.data.left_out import LeftOut
@@ -201,3 +204,78 @@ def test_lists_that_cannot_be_read(lists, tmp_path):
     (lists / "x_i18n_Translation-fr.lz4").write_bytes(b"")
     with pytest.raises(DataError, match=r"is compressed: .*GzipIndexes=false"):
         read_descriptions(lists, LeftOut())
+
+
+# --- Tatoeba ------------------------------------------------------------------------------------------------
+
+
+def test_tatoebas_files_of_laser_and_xtreme(tmp_path):
+    files = {"deu-eng.deu": "Guten Tag.\n\nJa!\n", "deu-eng.eng": "Good day.\nHi.\nYes!\n"}
+    files |= {"cmn-eng.cmn": "你好。\n", "cmn-eng.eng": "Hello.\n", "ces-eng.ces": "Ano.", "ces-eng.eng": "Yes."}
+    for name, text in files.items():
+        (tmp_path / f"tatoeba.{name}").write_text(text, encoding="utf-8")
+    left_out = LeftOut()
+    rows = {one.key: one.meta["captions"] for one in read_tatoeba(tmp_path, left_out)}
+    assert rows == {
+        "tatoeba-ces-0001": {"en": "Yes.", "ces": "Ano."},
+        "tatoeba-cmn-0001": {"en": "Hello.", "zh": "你好。"},
+        "tatoeba-deu-0001": {"en": "Good day.", "de": "Guten Tag."},
+        "tatoeba-deu-0003": {"en": "Yes!", "de": "Ja!"},
+    }
+    assert len(CODES) == 36 and str(left_out).startswith("1 pairs without one of their texts, the first 2 of")
+    (tmp_path / "tatoeba.deu-eng.eng").write_text("Good day.\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"deu-eng.deu' has 3 lines, its English file 1: fetch it again"):
+        list(read_tatoeba(tmp_path, LeftOut()))
+    with pytest.raises(DataError, match=r"has no files tatoeba.XXX-eng.XXX"):
+        list(read_tatoeba(tmp_path / "none", LeftOut()))
+
+
+# --- Multi30k -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def multi30k(tmp_path) -> Path:
+    """Both ways of naming files that the repository of the data set has."""
+    for folder in ("images", "image_splits", "raw", "tok"):
+        (tmp_path / folder).mkdir()
+    for name in ("1.jpg", "2.jpg", "COCO_val_3.jpg"):
+        (tmp_path / "images" / name).write_bytes(name.encode())
+    lists = {"test_2017_mscoco.txt": "COCO_val_3.jpg#77\n", "train_images.txt": "2.jpg\n1.jpg\ngone.jpg\n"}
+    texts = {"train.1.en": "two\none\nthree\n", "train.2.en": "a pair\n\nx\n", "train.1.de": "zwei\neins\ndrei\n"}
+    texts |= {"test_2017_mscoco.en": "three\n", "test_2017_mscoco.fr": "trois\n"}
+    for name, text in lists.items():
+        (tmp_path / "image_splits" / name).write_text(text)
+    for name, text in texts.items():
+        (tmp_path / "raw" / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "tok" / "train.lc.norm.tok.en").write_text("not\nread\n")
+    return tmp_path
+
+
+def test_images_of_multi30k_have_captions_by_language(multi30k):
+    assert multi30k_splits(multi30k) == ["train", "test_2017_mscoco"]
+    left_out = LeftOut()
+    train = list(multi30k_pairs(multi30k, left_out, lambda split: split == "train/"))
+    assert [(one.key, one.image, one.caption) for one in train] == [
+        ("train/00001_2", b"2.jpg", "two"),
+        ("train/00002_1", b"1.jpg", "one"),
+    ]
+    assert train[0].meta["captions"] == {"en": ["two", "a pair"], "de": ["zwei"]}
+    assert train[1].meta["captions"] == {"en": ["one"], "de": ["eins"]} and train[1].meta["license"]
+    assert str(left_out).startswith("1 images that are not there, the first 'gone.jpg' of")
+    (test,) = multi30k_pairs(multi30k, LeftOut(), lambda split: split == "test_2017_mscoco/")
+    assert (test.key, test.image) == ("test_2017_mscoco/00001_COCO_val_3", b"COCO_val_3.jpg")
+    assert test.meta["captions"] == {"en": ["three"], "fr": ["trois"]}
+
+
+def test_damage_of_multi30k_is_named(multi30k):
+    (multi30k / "raw" / "train.1.de.gz").write_bytes(gzip.compress(b"zwei\n"))
+    with pytest.raises(DataError, match=r"train.1.de.gz' has 1 lines, but '.*train_images.txt' 3"):
+        list(multi30k_pairs(multi30k, LeftOut(), everything))
+    (multi30k / "raw" / "train.1.de.gz").write_bytes(b"no gzip")
+    with pytest.raises(DataError, match=r"train.1.de.gz' cannot be read"):
+        list(multi30k_pairs(multi30k, LeftOut(), everything))
+    (multi30k / "image_splits" / "train.txt").write_text("1.jpg\n")
+    with pytest.raises(DataError, match="are of one split: give the folder of one task"):
+        multi30k_splits(multi30k)
+    with pytest.raises(DataError, match=r"no image_splits/\*.txt"):
+        multi30k_splits(multi30k / "raw")

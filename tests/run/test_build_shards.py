@@ -283,3 +283,32 @@ def test_few_captions_are_reported_with_the_columns(tmp_path):
     assert [pair["txt"] for pair in read(tmp_path / "named").values()] == [b"a", b"b", b"c"]
     done = build("parquet", path, "--out", tmp_path / "none", "--caption", "title")
     assert done.returncode == 2 and "in.parquet' has no text in a column 'title'" in done.stderr
+
+
+def test_splits_of_multi30k_have_their_names(tmp_path):
+    source = tmp_path / "multi30k"
+    for folder in ("images", "image_splits", "raw"):
+        (source / folder).mkdir(parents=True)
+    for i, split in enumerate(("train", "test_2016_flickr")):
+        (source / "images" / f"{i}.png").write_bytes(encoded(Image.new("RGB", (8 + i, 8))))
+        (source / "image_splits" / f"{split}.txt").write_text(f"{i}.png\n")
+        for language, text in (("en", "a square"), ("de", "ein Quadrat")):
+            (source / "raw" / f"{split}.{language}").write_text(f"{text} {i}\n")
+    done = build("multi30k", source, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "2 pairs, 2 with a caption"
+    for i, split in enumerate(("train", "test_2016_flickr")):
+        ((key, files),) = read(tmp_path / "out", split).items()
+        assert key == f"{split}/00001_{i}" and files["txt"] == f"a square {i}".encode()
+        assert json.loads(files["json"])["captions"] == {"en": [f"a square {i}"], "de": [f"ein Quadrat {i}"]}
+
+
+def test_tatoeba_is_for_evaluation(tmp_path):
+    for side, text in (("deu", "Ja."), ("eng", "Yes.")):
+        (tmp_path / f"tatoeba.deu-eng.{side}").write_text(f"{text}\n")
+    done = build("tatoeba", tmp_path, "--out", tmp_path / "out", "--format", "parquet")
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "out").glob("*.parquet")
+    (row,) = pyarrow.parquet.read_table(path).to_pylist()
+    assert path.name == "held_out-00000.parquet"
+    assert json.loads(row["json"])["captions"] == {"en": "Yes.", "de": "Ja."}

@@ -230,7 +230,7 @@ def test_zero_shot_is_a_plain_loop(found, folder):
 def test_recall_is_a_plain_loop_over_queries(found, folder):
     objective, tokenizer = toy(), Tokenizer.load(folder / "tokenizer.json")
     data = DataConfig(shards=str(folder / "pairs.tar"), cache=str(folder / "cache"))
-    reader = PairReader(data, 100)
+    reader = PairReader.open(data, 100)
     pairs = [pair for pair in reader.read(range(len(reader)), 16) if pair.captions]
     assert len(pairs) == 21 and [pair.number for pair in pairs[4:6]] == [5, 6] and "key09" in reader.left_out[0]
     with torch.inference_mode():
@@ -306,7 +306,7 @@ def test_every_evaluation_is_found_by_its_file():
             "linear_probe",
             "losses",
         ),
-        *("pictures", "retrieval", "segmentation", "zero_shot"),
+        *("pictures", "retrieval", "segmentation", "text_retrieval", "translate", "zero_shot"),
     ]
     for name in evaluator_names():
         assert issubclass(find_evaluator(name), Evaluator)
