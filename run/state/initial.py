@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from mug.model.encoder import Encoder
-from mug.model.interchange import State, as_mae, load_encoder
+from mug.model.interchange import Multilingual, State, as_mae, load_encoder, load_language_model
 from mug.model.objectives.objective import Objective
 from mug.model.positions import interpolate_pos_embed
 from mug.model.presets import EncoderConfig, ModelConfigError
 from mug.model.vit import NORM_EPS
 from mug.run.common.errors import RunError
-from mug.run.state.foreign_weights import is_pretrained, read_file, read_folder, read_state
+from mug.run.state.foreign_weights import is_pretrained, read_file, read_folder, read_language_model, read_state
 from mug.run.state.restore import find, model_of
 from mug.run.state.sharded_state import SavedState, load_weights
 
+LANGUAGE_MODEL = "language_model"  # in `init`: of all parts that read and write text
 SIZES = ("patch_size", "width", "depth", "heads")  # positions are interpolated, so the image's size may differ
 
 
@@ -30,6 +31,8 @@ def initialize(model: Objective, init: str | Mapping[str, str], warn: Callable[[
     for part, path in parts_of(init).items():
         if part == "encoder":
             model.adopt(initial_encoder(model.config, path, warn))
+        elif part == LANGUAGE_MODEL and isinstance(model, Multilingual):
+            _load_language_model(model, path, warn)
         else:
             _load_part(model, part, path, warn)
 
@@ -45,6 +48,14 @@ def check_part(model: nn.Module, part: str, option: str) -> None:
     if not any(f"{name}.".startswith(f"{part}.") for name in names):
         parts = dict.fromkeys(name.partition(".")[0] for name in names)
         raise RunError(f"{option}: the model has no part of this name; it has {', '.join(parts)}, and those in them")
+
+
+def _load_language_model(model: Multilingual, path: str, warn: Callable[[str], None]) -> None:
+    state, settings = read_language_model(Path(path), warn)
+    try:
+        load_language_model(model, state, settings)
+    except ModelConfigError as error:
+        raise RunError(f"init.{LANGUAGE_MODEL} {path}: {error}") from None
 
 
 @torch.no_grad()

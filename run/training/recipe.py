@@ -103,7 +103,8 @@ class Recipe:
         init: weights for the encoder to begin with: the folder of a run or of one of its checkpoints, or a file of an
             encoder in timm's, MAE's or transformers' layout (.safetensors, .pth, a training checkpoint too), or a
             folder of `save_pretrained`. Without it, from scratch. Or for several parts of the model, by name; of parts
-            other than `encoder`, a run that has the same part, or a file of its state dict.
+            other than `encoder`, a run that has the same part, or a file of its state dict. `language_model` is a
+            folder of `save_pretrained` of an mBART or XLM-R, for all parts of `unix2` that read or write text.
         rates: part of the model → factor on its learning rate; 0 freezes it.
         seed: of weights, order of samples, crops and masks.
     """
