@@ -128,8 +128,10 @@ class Objective(nn.Module):
         load_batch_norm_state(self, state)
 
     def adopt(self, encoder: Encoder) -> None:
-        """Begin with the weights of `encoder`, which has this encoder's sizes (the recipe's `init`)."""
-        self.encoder.load_state_dict(encoder.state_dict())
+        """Begin with the weights of `encoder`, which has this encoder's sizes (the recipe's `init`); with its positions
+        where this one learns them."""
+        state = encoder.state_dict() | {"positions_ND": encoder.positions_ND}
+        self.encoder.load_state_dict({name: state[name] for name in self.encoder.state_dict()})
 
 
 class CoupledObjective(Objective):

@@ -91,6 +91,7 @@ class UniX2(CoupledObjective):
         if self.vocabulary.mask is None:
             raise ModelConfigError("objective unix2 needs a tokenizer with a mask token: give one by data.tokenizer")
         self.encoder = Encoder(config)
+        self.encoder.learn_positions()
         self.head = CaptionHead(config.text_width, self.vocabulary)
         self.text_encoder = MultilingualEncoder(config, self.head)
         self.fusion_encoder = FusionEncoder(config)

@@ -47,6 +47,7 @@ def test_an_image_encoder_from_timm_and_all_texts_parts_from_an_mbart(tmp_path):
     initialize(model, paths, pytest.fail)
     load_mbart(expected, theirs.state_dict())
     assert torch.equal(model.encoder.blocks[1].attn.qkv.weight, vit.blocks[1].attn.qkv.weight)
+    assert torch.equal(model.encoder.positions_ND, vit.pos_embed[0, 1:]), "and they are learned from there"
     assert torch.equal(model.head.weight, theirs.model.shared.weight)
     for part in ("text_encoder", "decoder", "fusion_encoder.blocks"):
         found = model.get_submodule(part).state_dict()
