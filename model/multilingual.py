@@ -48,6 +48,8 @@ class MultilingualConfig(TextConfig):
         fusion_layers: blocks of the fusion encoder.
         decoder_layers: blocks of the decoder.
         embedding_width: size of the joint embedding.
+        itm_negatives: which texts do not match an image, drawn from the group: at random, or hard (those that CMCL
+            finds near, by the softmax of its similarities).
     """
 
     own_sizes: ClassVar[dict[str, dict[str, Any]]] = {
@@ -64,6 +66,7 @@ class MultilingualConfig(TextConfig):
     fusion_layers: int = FROM_PRESET
     decoder_layers: int = FROM_PRESET
     embedding_width: int = FROM_PRESET
+    itm_negatives: Literal["random", "hard"] = "random"
 
     def check(self) -> None:
         super().check()

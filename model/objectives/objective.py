@@ -148,6 +148,16 @@ class CoupledObjective(Objective):
         has them as `group/NAME` [M, ...]. None of a batch that is prepared; where a batch lacks them, it is alone."""
         return ()
 
+    def draws(self, batch: Batch) -> bool:
+        """Whether training draws something of such a batch by the features of its group, which `draw` does: then the
+        trainer takes two passes even where a group is one micro-batch."""
+        return False
+
+    def draw(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns tensors [B, ...] by name, with which `prepare` prepares a batch once more for the second pass; of
+        this rank's rows of the group, end to end, as `coupled_losses` has them. May gather those of all ranks."""
+        raise NotImplementedError
+
     def features(self, batch: Batch) -> tuple[dict[str, Tensor], Any]:
         """Returns (tensors [B, ...] by name, each row a sample's own; what else `own_losses` needs).
 
