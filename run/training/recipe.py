@@ -287,9 +287,12 @@ def parse_command(prog: str, description: str, default: Path, arguments: Sequenc
         if parsed[section] is None:
             raise RunError(f"{recipe_file}: section {section} is empty; give it keys, or leave it out")
     values = parser.instantiate(parsed)
+    streams = {name: stream_of(values.data[name]) for name in named.streams}
+    if streams and not any(stream.weight for stream in streams.values()):
+        raise RunError(f"data: the streams {', '.join(streams)} have weight 0, so nothing is left; give one more than 0")
     recipe = Recipe(
         objective=named.objective,
-        data={name: stream_of(values.data[name]) for name in named.streams} or values.data,
+        data={name: stream for name, stream in streams.items() if stream.weight} or values.data,
         evals={name: values.evals[name] for name in named.evals},
         **{name: values[name] for name in ("model", *SECTIONS, "loss_weights", "init", "rates", "seed")},
     )
