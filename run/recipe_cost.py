@@ -9,6 +9,7 @@ Nothing is read but the recipe: of the vocabulary its size counts, which --vocab
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jsonargparse import Namespace
@@ -90,8 +91,9 @@ def gflop(
 ) -> tuple[float, tuple[str, ...]]:
     """Returns the GFLOP of a sample of this kind, and those of the losses that it has."""
     found = find_objective(recipe.objective)
-    language = {"languages": ("en",), "language_ids": (vocabulary - 1,)} if len(found.kinds) > 1 else {}
-    tokens = Vocabulary(vocabulary, pad=0, bos=1, eos=2, mask=3, **language)
+    tokens = Vocabulary(vocabulary, pad=0, bos=1, eos=2, mask=3)
+    if len(found.kinds) > 1:  # it learns from texts in several languages
+        tokens = replace(tokens, languages=("en",), language_ids=(vocabulary - 1,))
     with torch.device("meta"):
         objective = found(recipe.model, Context(recipe.seed, tokens, losses=losses))
     batch = objective.prepare(kind_batch(objective, kind, BATCH, words))

@@ -6,7 +6,7 @@ D width, T tokens, E size of an embedding.
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -249,6 +249,18 @@ class ScoresCaptions(Protocol):
 
     def caption_log_likelihoods(self, image_BCHW: Tensor, tokens_CT: Tensor) -> Tensor:
         """Returns fp32 [B, C], nats, of uint8 images [B, 3, H, W] and int64 captions [C, T], BOS … EOS PAD."""
+
+
+@runtime_checkable
+class TakesLanguageModel(Protocol):
+    """Begins with the weights of a language model."""
+
+    def load_language_model(self, state: dict[str, Tensor], settings: Mapping[str, Any]) -> None:
+        """Load weights of transformers' layout; `settings` is their config.json.
+
+        Raises:
+            ModelConfigError: they are of another size, or of a model that computes something else.
+        """
 
 
 # --- Found by file name -------------------------------------------------------------------------------------

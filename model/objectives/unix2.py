@@ -2,20 +2,21 @@
 
 Where the paper is silent: one loss each sums all tasks of a kind of batch, which share one pass through each part;
 both encoders' first states are projected without bias to `embedding_width`; ITM replaces the text of half of the
-samples by one drawn from the group, at random or near the image; MLM hides 15% of the words as BERT does; there is no dropout.
-Dimension letters: B batch, V texts a sample, T tokens, L encoded image tokens, R tokens of all texts packed, S fused
-sequences, F their states packed, K masked words, D width, E size of an embedding.
+samples by one drawn from the group, at random or near the image; MLM hides 15% of the words as BERT does; there is no
+dropout. Dimension letters: B batch, V texts a sample, T tokens, L encoded image tokens, R tokens of all texts packed,
+S fused sequences, F their states packed, K masked words, D width, E size of an embedding.
 """
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 
-from mug.model import flops
+from mug.model import flops, interchange
 from mug.model.captioning import CaptionTask, autoregressive, masked_language
 from mug.model.contrastive import LogitScale, gather, pair_loss
 from mug.model.encoder import Encoder
@@ -344,6 +345,9 @@ class UniX2(CoupledObjective):
         return self.head(hidden_RD, batch["written_targets"], batch["kept_rows"])
 
     # --- Abilities --------------------------------------------------------------------------------------------
+
+    def load_language_model(self, state: dict[str, Tensor], settings: Mapping[str, Any]) -> None:
+        interchange.load_language_model(self, state, settings)
 
     def embed_image(self, image_BCHW: Tensor) -> Tensor:
         return _unit(self.image_projection(self.encoder(image_BCHW)[:, 0]))

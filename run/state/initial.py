@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mug.model.encoder import Encoder
-from mug.model.interchange import Multilingual, State, as_mae, load_encoder, load_language_model
-from mug.model.objectives.objective import Objective
+from mug.model.interchange import State, as_mae, load_encoder
+from mug.model.objectives.objective import Objective, TakesLanguageModel
 from mug.model.positions import interpolate_pos_embed
 from mug.model.presets import EncoderConfig, ModelConfigError
 from mug.model.vit import NORM_EPS
@@ -28,11 +29,12 @@ def initialize(model: Objective, init: str | Mapping[str, str], warn: Callable[[
     Raises:
         RunError: there is no such part or path, or it holds weights of another size or kind.
     """
+    able: Any = model
     for part, path in parts_of(init).items():
         if part == "encoder":
             model.adopt(initial_encoder(model.config, path, warn))
-        elif part == LANGUAGE_MODEL and isinstance(model, Multilingual):
-            _load_language_model(model, path, warn)
+        elif part == LANGUAGE_MODEL and isinstance(able, TakesLanguageModel):
+            _load_language_model(able, path, warn)
         else:
             _load_part(model, part, path, warn)
 
@@ -50,10 +52,10 @@ def check_part(model: nn.Module, part: str, option: str) -> None:
         raise RunError(f"{option}: the model has no part of this name; it has {', '.join(parts)}, and those in them")
 
 
-def _load_language_model(model: Multilingual, path: str, warn: Callable[[str], None]) -> None:
+def _load_language_model(model: TakesLanguageModel, path: str, warn: Callable[[str], None]) -> None:
     state, settings = read_language_model(Path(path), warn)
     try:
-        load_language_model(model, state, settings)
+        model.load_language_model(state, settings)
     except ModelConfigError as error:
         raise RunError(f"init.{LANGUAGE_MODEL} {path}: {error}") from None
 

@@ -289,7 +289,7 @@ def parse_command(prog: str, description: str, default: Path, arguments: Sequenc
     values = parser.instantiate(parsed)
     streams = {name: stream_of(values.data[name]) for name in named.streams}
     if streams and not any(stream.weight for stream in streams.values()):
-        raise RunError(f"data: the streams {', '.join(streams)} have weight 0, so nothing is left; give one more than 0")
+        raise RunError(f"data: the streams {', '.join(streams)} all have weight 0; give one more than 0")
     recipe = Recipe(
         objective=named.objective,
         data={name: stream for name, stream in streams.items() if stream.weight} or values.data,

@@ -188,5 +188,5 @@ def test_a_weight_of_0_leaves_a_stream_out(tmp_path):
     (tmp_path / "mixture.yaml").write_text(MIXTURE)
     options = ["--config", str(tmp_path / "mixture.yaml"), *DEEPSPEED, "--data.second.weight", "0"]
     assert [*parse("pretrain", options).recipe.streams] == ["first"]
-    with pytest.raises(RunError, match=r"^data: the streams first, second have weight 0, so nothing is left; give one"):
+    with pytest.raises(RunError, match=r"^data: the streams first, second all have weight 0; give one"):
         parse("pretrain", [*options, "--data.first.weight", "0"])

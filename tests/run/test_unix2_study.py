@@ -6,6 +6,7 @@ from train_commands import parse
 from mug.model.objectives.unix2 import UniX2
 from mug.run import benchmark
 from mug.run.studies.plan import Plan
+
 STUDY = benchmark.STUDIES / "unix2.yaml"
 LEFT_OUT = {
     "all tasks": set(),
