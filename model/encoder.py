@@ -60,6 +60,12 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config.width, config.heads, norm_eps) for _ in range(config.depth))
         self.norm: nn.Module = nn.LayerNorm(config.width, eps=norm_eps)
 
+    def learn_positions(self) -> None:
+        """Make the positions a parameter, as they are in the ViTs of others."""
+        positions_ND = self.positions_ND.clone()
+        del self.positions_ND
+        self.positions_ND = nn.Parameter(positions_ND)
+
     def forward(
         self,
         image_BCHW: Tensor,

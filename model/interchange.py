@@ -1,4 +1,4 @@
-"""Weights in the layouts of timm, MAE and transformers, to and from ours; and mBART's, to the parts of UniX².
+"""Weights in the layouts of timm, MAE and transformers, to and from ours; mBART's and XLM-R's, to the parts of UniX².
 
 The layouts are named after the library that loads them:
     timm     VisionTransformer's names: our encoder's, and `pos_embed`.
@@ -10,15 +10,22 @@ token. Dimension letters: N patches, D width.
 """
 
 import re
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mug.model.encoder import Encoder
-from mug.model.multilingual import FusionEncoder, MultilingualDecoder, MultilingualEncoder
+from mug.model.multilingual import (
+    NORM_EPS,
+    FusionEncoder,
+    MultilingualConfig,
+    MultilingualDecoder,
+    MultilingualEncoder,
+)
 from mug.model.pixel_decoder import PixelDecoder
-from mug.model.presets import ModelConfigError
+from mug.model.presets import ModelConfigError, Vocabulary
 
 State = dict[str, Tensor]
 
@@ -65,7 +72,27 @@ MBART_OUTSIDE = {
     "layer_norm.weight": "norm.weight",
     "layer_norm.bias": "norm.bias",
 }
-MBART_FIRST_POSITION = 2  # the rows before it belong to fairseq's padding
+# The same of XLM-R's (transformers' XLMRobertaModel).
+XLMR_BLOCK = {
+    "attn.q": "attention.self.query",
+    "attn.k": "attention.self.key",
+    "attn.v": "attention.self.value",
+    "attn.proj": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+    "norm2": "output.LayerNorm",
+}
+XLMR_OUTSIDE = {
+    "embeddings.word_embeddings.weight": "words.embed.weight",
+    "embeddings.position_embeddings.weight": "words.position_embed",
+    "embeddings.LayerNorm.weight": "words.norm.weight",
+    "embeddings.LayerNorm.bias": "words.norm.bias",
+}
+XLMR_TYPE = "embeddings.token_type_embeddings.weight"  # of one type: a constant
+NOT_XLMR = ("pooler.", "lm_head.", "classifier.", "embeddings.position_ids")  # what a file may hold in addition
+FIRST_POSITION = 2  # the rows before it belong to fairseq's padding, in mBART and XLM-R
+WORDS, POSITIONS, STACK = "words.embed.weight", "words.position_embed", ("blocks.", "norm.")
 # What stands before a block's number. The last of a row is what transformers 5 writes for a decoder by accident.
 STACKS = {
     "blocks.": ("encoder.layer.", "layers."),
@@ -162,16 +189,40 @@ def load_mae(model: MaskedAutoencoder, state: State) -> None:
 
 
 class Multilingual(Protocol):
-    """An objective with mBART's parts, UniX² for example."""
+    """An objective whose parts are those of mBART or XLM-R, UniX² for example."""
 
+    config: MultilingualConfig
+    vocabulary: Vocabulary
     text_encoder: MultilingualEncoder
     fusion_encoder: FusionEncoder
     decoder: MultilingualDecoder
 
 
+def load_language_model(model: Multilingual, state: State, settings: Mapping[str, Any]) -> None:
+    """Load the parts that read and write text from a language model; `settings`: transformers' config.json of it.
+
+    Of its positions ours has the first. Where our tokenizer has further tokens of languages, at its end, they stay as
+    they are.
+
+    Raises:
+        ModelConfigError: weights of another size, or of a model that computes something else; the first one is named.
+    """
+    kind = str(settings.get("model_type"))
+    if kind not in LANGUAGE_MODELS:
+        raise ModelConfigError(f"model_type is {kind}: only {' and '.join(LANGUAGE_MODELS)} can be read")
+    text_model, defaults, load = LANGUAGE_MODELS[kind]
+    if model.config.text_model != text_model:
+        raise ModelConfigError(f"a {kind} needs model.text_model {text_model}, not {model.config.text_model}")
+    stated, ours = defaults | dict(settings), COMPUTED | dict.fromkeys(HEADS, model.config.text_heads)
+    for name in defaults:
+        if stated[name] != ours[name]:
+            raise ModelConfigError(f"{name} is {stated[name]} there, {ours[name]} here")
+    load(model, state)
+
+
 def load_mbart(model: Multilingual, state: State) -> None:
     """Load text encoder and decoder from mBART's layout, and the fusion encoder's blocks as a second copy of the
-    encoder's. Of its positions ours has the first; the rest of the fusion encoder stays as it is.
+    encoder's; the rest of the fusion encoder stays as it is. See `load_language_model`.
 
     Raises:
         ModelConfigError: weights of another size, or of another kind of model; the first one is named.
@@ -180,33 +231,90 @@ def load_mbart(model: Multilingual, state: State) -> None:
     if state.get("final_logits_bias", torch.zeros(1)).any():
         raise ModelConfigError("final_logits_bias is not 0; the decoder's head has no bias")
     encoder, decoder = (_mbart_part(state, f"{part}.") for part in ("encoder", "decoder"))
-    for part, given in ((model.text_encoder, encoder), (model.decoder, decoder)):
-        wanted = {name: value for name, value in part.state_dict().items() if name != "head.weight"}
-        given["words.position_embed"] = given["words.position_embed"][: len(wanted["words.position_embed"])]
-        _check(part, given, wanted)
-        part.load_state_dict(given, strict=False)  # without the head, whose matrix is the embedding
-    stack = ("blocks.", "norm.")
-    shared = {name: value for name, value in encoder.items() if name.startswith(stack)}
-    wanted = {name: value for name, value in model.fusion_encoder.state_dict().items() if name.startswith(stack)}
-    _check(model.fusion_encoder, shared, wanted)
-    model.fusion_encoder.load_state_dict(shared, strict=False)
+    _load_text(model, model.text_encoder, encoder)
+    _load_text(model, model.decoder, decoder)
+    _load_text(model, model.fusion_encoder, {name: x for name, x in encoder.items() if name.startswith(STACK)})
+
+
+def load_xlmr(model: Multilingual, state: State) -> None:
+    """Load the text encoder from the embeddings and first layers of XLM-R's layout, and the fusion encoder's blocks
+    from the layers that follow, as table 4 of UniX² has them; all else stays as it is. See `load_language_model`.
+
+    Raises:
+        ModelConfigError: weights of another size, or of another kind of model; the first one is named.
+    """
+    state = {name.removeprefix("roberta."): value for name, value in state.items()}
+    state = {name: value for name, value in state.items() if not name.startswith(NOT_XLMR)}
+    if XLMR_TYPE not in state or "embeddings.position_embeddings.weight" not in state:
+        raise ModelConfigError(f"missing key {XLMR_TYPE}: not an XLM-R")
+    of_type = state.pop(XLMR_TYPE)
+    if len(of_type) != 1:
+        raise ModelConfigError(f"{XLMR_TYPE} has {len(of_type)} types of tokens: not an XLM-R")
+    given = _merge_qkv(_renamed(state, r"encoder\.layer", XLMR_BLOCK, XLMR_OUTSIDE))
+    given[POSITIONS] = given[POSITIONS][FIRST_POSITION:] + of_type
+    first: State = {}
+    second: State = {}
+    for name, value in given.items():
+        number = int(found[1]) if (found := re.match(r"blocks\.(\d+)\.", name)) else 0
+        later = number - model.config.text_layers
+        part, of_part = (first, number) if later < 0 else (second, later)
+        part[name.replace(f"blocks.{number}.", f"blocks.{of_part}.")] = value
+    _load_text(model, model.text_encoder, first)
+    _load_text(model, model.fusion_encoder, second)
+
+
+# What our parts compute, in the words of config.json; there a value may be left out that is the library's default.
+COMPUTED = {"activation_function": "gelu", "scale_embedding": True, "hidden_act": "gelu", "layer_norm_eps": NORM_EPS}
+HEADS = ("encoder_attention_heads", "decoder_attention_heads", "num_attention_heads")
+MBART_DEFAULTS = {"activation_function": "gelu", "scale_embedding": False} | dict.fromkeys(HEADS[:2], 16)
+XLMR_DEFAULTS = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "num_attention_heads": 12}
+# transformers' model_type → model.text_model, these defaults, how it is read.
+LANGUAGE_MODELS: dict[str, tuple[str, dict[str, Any], Callable[[Multilingual, State], None]]] = {
+    "mbart": ("mbart", MBART_DEFAULTS, load_mbart),
+    "xlm-roberta": ("xlmr", XLMR_DEFAULTS, load_xlmr),
+}
+
+
+@torch.no_grad()
+def _load_text(model: Multilingual, part: nn.Module, given: State) -> None:
+    """Load a part that reads or writes text: all of it but the head, whose matrix is the embedding; of the fusion
+    encoder the stack of blocks."""
+    wanted = {name: value for name, value in part.state_dict().items() if name != "head.weight"}
+    if part is model.fusion_encoder:
+        wanted = {name: value for name, value in wanted.items() if name.startswith(STACK)}
+    if (words := given.get(WORDS)) is not None:
+        more = len(wanted[WORDS]) - len(words)
+        if 0 < more <= len(model.vocabulary.languages):
+            given[WORDS] = torch.cat([words, wanted[WORDS][-more:].to(words)])
+        given[POSITIONS] = given[POSITIONS][: len(wanted[POSITIONS])]
+    _check(part, given, wanted)
+    part.load_state_dict(given, strict=False)
 
 
 def _mbart_part(state: State, prefix: str) -> State:
     """Returns mBART's encoder or decoder in our names."""
     theirs = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    parts = {name: ours for ours, name in MBART_BLOCK.items()}
-    given: State = {}
-    for name, value in theirs.items():
-        block = re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", name)
-        if block and block[2] in parts:
-            given[f"blocks.{block[1]}.{parts[block[2]]}.{block[3]}"] = value
-        else:
-            given[MBART_OUTSIDE.get(name, name)] = value
-    if "words.position_embed" not in given:
+    if "shared.weight" in state:  # a file holds a matrix once
+        theirs.setdefault("embed_tokens.weight", state["shared.weight"])
+    given = _renamed(theirs, "layers", MBART_BLOCK, MBART_OUTSIDE)
+    if POSITIONS not in given:
         raise ModelConfigError(f"missing key {prefix}embed_positions.weight: not an mBART")
-    given["words.position_embed"] = given["words.position_embed"][MBART_FIRST_POSITION:]
+    given[POSITIONS] = given[POSITIONS][FIRST_POSITION:]
     return _merged(_merge_qkv(given))
+
+
+def _renamed(state: State, stack: str, block: Mapping[str, str], outside: Mapping[str, str]) -> State:
+    """Returns the state in our names; `stack` stands before a layer's number, `block` and `outside` have ours → theirs
+    and theirs → ours. Unknown names stay as they are."""
+    parts = {theirs: ours for ours, theirs in block.items()}
+    given: State = {}
+    for name, value in state.items():
+        layer = re.fullmatch(rf"{stack}\.(\d+)\.(.+)\.(weight|bias)", name)
+        if layer and layer[2] in parts:
+            given[f"blocks.{layer[1]}.{parts[layer[2]]}.{layer[3]}"] = value
+        else:
+            given[outside.get(name, name)] = value
+    return given
 
 
 def _merged(state: State) -> State:
@@ -231,13 +339,13 @@ def _check(module: nn.Module, given: State, wanted: State) -> None:
     kind = type(module).__name__.lower()
     for name in wanted:
         if name not in given:
-            raise ModelConfigError(f"missing key {name}: not a ViT that the {kind} can be loaded from")
+            raise ModelConfigError(f"missing key {name}: not weights that the {kind} can be loaded from")
         if given[name].shape != wanted[name].shape:
             theirs, ours = tuple(given[name].shape), tuple(wanted[name].shape)
             raise ModelConfigError(f"the weights have another size: {name} is {theirs}, but {ours} in the {kind}")
     unknown = sorted(given.keys() - wanted.keys())
     if unknown:
-        raise ModelConfigError(f"unexpected key {unknown[0]}: not a plain ViT")
+        raise ModelConfigError(f"unexpected key {unknown[0]}, which the {kind} does not have")
 
 
 def _decoder_name(name: str) -> str:

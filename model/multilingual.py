@@ -1,31 +1,38 @@
-"""A text encoder, a fusion encoder and a decoder as of mBART (arXiv 2001.08210), which share one embedding of words.
+"""A text encoder, a fusion encoder and a decoder, which share one embedding of words.
 
-As in mBART's published models: embeddings times √D, learned positions, a norm after both, pre-norm blocks, and a norm
-after the last. Sequences are packed end to end. Dimension letters: B batch, S sequences, T tokens, L encoded image
-tokens, R tokens of all texts packed, F states of all fused sequences packed, D width.
+As in mBART's published models (arXiv 2001.08210): embeddings times √D, learned positions, a norm after both, pre-norm
+blocks, and a norm after the last. Or both encoders as the two halves of an XLM-R (arXiv 1911.02116): embeddings as they
+are, post-norm blocks, and none after the last. Sequences are packed end to end. Dimension letters: B batch, S
+sequences, T tokens, L encoded image tokens, R tokens of all texts packed, F states of all fused sequences packed, D
+width.
 """
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mug.model.presets import FROM_PRESET, TextConfig, at_least
+from mug.model.presets import FROM_PRESET, PRESETS, TextConfig, at_least
 from mug.model.text_decoder import Cache, CaptionHead, Packing, TextBlock, embed_words
 
-NORM_EPS = 1e-5  # of mBART's norms
+NORM_EPS = 1e-5  # of mBART's and XLM-R's norms
 LayerNorm = partial(nn.LayerNorm, eps=NORM_EPS)
+AS_IT_IS = nn.Identity()  # in place of the norm before a layer
 
 
-def _sizes(width: int, heads: int, layers: int, length: int, embedding: int) -> dict[str, int]:
+def _sizes(
+    width: int, heads: int, layers: int, length: int, embedding: int, text_model: str = "mbart"
+) -> dict[str, Any]:
     """Returns the sizes of text, with equally many layers in each part."""
     sizes = {"text_width": width, "text_heads": heads, "text_length": length, "embedding_width": embedding}
-    return sizes | dict.fromkeys(("text_layers", "fusion_layers", "decoder_layers"), layers)
+    sizes |= dict.fromkeys(("text_layers", "fusion_layers", "decoder_layers"), layers)
+    return sizes | {"text_model": text_model}
 
 
 MBART_LARGE = _sizes(1024, 16, 12, 256, 256)
+XLMR_BASE = _sizes(768, 12, 6, 256, 256, "xlmr")  # of the variant in table 4 of UniX²
 
 
 @dataclass(frozen=True)
@@ -33,25 +40,33 @@ class MultilingualConfig(TextConfig):
     """Sizes of the parts that read and write text.
 
     Args:
+        preset: tiny, small, base, large or huge, whose texts are mBART's; or base-xlmr, whose text and fusion encoder
+            are the two halves of XLM-R base.
+        text_model: how the encoders of text are built: mbart (norms before each layer) or xlmr (after it).
         text_length: tokens of a text, BOS, EOS and language included.
         text_layers: blocks of the text encoder.
         fusion_layers: blocks of the fusion encoder.
         decoder_layers: blocks of the decoder.
         embedding_width: size of the joint embedding.
+        itm_negatives: which texts do not match an image, drawn from the group: at random, or hard (those that CMCL
+            finds near, by the softmax of its similarities).
     """
 
-    own_sizes: ClassVar = {
+    own_sizes: ClassVar[dict[str, dict[str, Any]]] = {
         "tiny": _sizes(192, 3, 2, 32, 128),
         "small": _sizes(512, 8, 6, 128, 256),
         "base": MBART_LARGE,
         "large": MBART_LARGE,
         "huge": MBART_LARGE,
+        "base-xlmr": PRESETS["base"] | XLMR_BASE,
     }
 
+    text_model: Literal["mbart", "xlmr"] = FROM_PRESET
     text_layers: int = FROM_PRESET
     fusion_layers: int = FROM_PRESET
     decoder_layers: int = FROM_PRESET
     embedding_width: int = FROM_PRESET
+    itm_negatives: Literal["random", "hard"] = "random"
 
     def check(self) -> None:
         super().check()
@@ -60,10 +75,11 @@ class MultilingualConfig(TextConfig):
 
 
 class WordEmbed(nn.Module):
-    """Embeds words by √D times their row of a shared matrix, and their place."""
+    """Embeds words by their row of a shared matrix, in mBART times √D, and their place."""
 
-    def __init__(self, weight_VD: nn.Parameter, length: int):
+    def __init__(self, weight_VD: nn.Parameter, length: int, text_model: str):
         super().__init__()
+        self.scale = 1.0 if text_model == "xlmr" else weight_VD.shape[1] ** 0.5
         self.embed = nn.Embedding(weight_VD.shape[0], weight_VD.shape[1])
         self.embed.weight = weight_VD
         self.position_embed = nn.Parameter(0.02 * torch.randn(length, weight_VD.shape[1]))
@@ -78,16 +94,25 @@ class WordEmbed(nn.Module):
         return self.norm(embed_words(self._scaled, self.position_embed, tokens_BT, packing, start))
 
     def _scaled(self, tokens: Tensor) -> Tensor:
-        return self.embed(tokens) * self.embed.embedding_dim**0.5
+        return self.embed(tokens) * self.scale
+
+
+class PostNormBlock(TextBlock):
+    """A block of RoBERTa: its norms follow each sum."""
+
+    def _layers(
+        self, x: Tensor, memory_BLD: Tensor, causal: bool, packing: Packing | None, cache: Cache | None
+    ) -> Tensor:
+        x = self.norm1(x + self.attn(x, AS_IT_IS, causal, packing, cache))
+        return self.norm2(x + self.mlp(x, AS_IT_IS))
 
 
 class MultilingualEncoder(nn.Module):
     def __init__(self, config: MultilingualConfig, head: CaptionHead):
         super().__init__()
         # A target has no BOS; as a source it is one token longer.
-        self.words = WordEmbed(head.weight, config.text_length + 1)
-        self.blocks = _blocks(config, config.text_layers)
-        self.norm = LayerNorm(config.text_width)
+        self.words = WordEmbed(head.weight, config.text_length + 1, config.text_model)
+        self.blocks, self.norm = _encoder_blocks(config, config.text_layers)
 
     def forward(self, tokens_BT: Tensor, packing: Packing) -> Tensor:
         """Returns the normalised states, packed [R, D], of int64 tokens [B, T], each of which sees its entire text."""
@@ -111,8 +136,7 @@ class FusionEncoder(nn.Module):
         self.text_type_D = nn.Parameter(0.02 * torch.randn(width))
         self.image_projection = nn.Linear(config.width, width)
         self.image_norm = LayerNorm(width)
-        self.blocks = _blocks(config, config.fusion_layers)
-        self.norm = LayerNorm(width)
+        self.blocks, self.norm = _encoder_blocks(config, config.fusion_layers)
 
     def forward(self, image_BLD: Tensor | None, text_RD: Tensor, row_F: Tensor, packing: Packing) -> Tensor:
         """Returns the normalised states, packed [F, D].
@@ -157,12 +181,14 @@ def fused_rows(lengths_S: Tensor, first: int, L: int, B: int) -> tuple[Tensor, T
 
 
 class MultilingualDecoder(nn.Module):
-    """Writes text, given the states of a fused sequence. Its head and embedding are one matrix."""
+    """Writes text, given the states of a fused sequence, as mBART's does. Its head and embedding are one matrix."""
 
     def __init__(self, config: MultilingualConfig, head: CaptionHead):
         super().__init__()
-        self.words = WordEmbed(head.weight, config.text_length)
-        self.blocks = _blocks(config, config.decoder_layers, memory_width=config.text_width)
+        self.words = WordEmbed(head.weight, config.text_length, config.text_model)
+        width, heads = config.text_width, config.text_heads
+        blocks = (TextBlock(width, heads, width, NORM_EPS) for _ in range(config.decoder_layers))
+        self.blocks = nn.ModuleList(blocks)
         self.norm = LayerNorm(config.text_width)
         self.head = head
 
@@ -205,6 +231,9 @@ class MaskedHead(nn.Module):
         return self.norm(nn.functional.gelu(self.transform(x_KD)))
 
 
-def _blocks(config: MultilingualConfig, layers: int, memory_width: int | None = None) -> nn.ModuleList:
-    width, heads = config.text_width, config.text_heads
-    return nn.ModuleList(TextBlock(width, heads, memory_width, NORM_EPS) for _ in range(layers))
+def _encoder_blocks(config: MultilingualConfig, layers: int) -> tuple[nn.ModuleList, nn.Module]:
+    """Returns blocks of an encoder, and the norm after the last."""
+    post_norm = config.text_model == "xlmr"
+    kind = PostNormBlock if post_norm else TextBlock
+    blocks = (kind(config.text_width, config.text_heads, norm_eps=NORM_EPS) for _ in range(layers))
+    return nn.ModuleList(blocks), nn.Identity() if post_norm else LayerNorm(config.text_width)

@@ -42,7 +42,7 @@ class EncoderConfig:
         heads: encoder attention heads.
     """
 
-    own_sizes: ClassVar[dict[str, dict[str, int]]] = {}  # by preset, what differs from PRESETS or is not there
+    own_sizes: ClassVar[dict[str, dict[str, Any]]] = {}  # by preset, what differs from PRESETS or is not there
 
     preset: str = "tiny"
     image_size: int = FROM_PRESET
@@ -261,9 +261,10 @@ def resolve(config: Config) -> Config:
     Raises:
         ModelConfigError: an unknown preset, or sizes that do not fit together.
     """
-    if config.preset not in PRESETS:
-        raise ModelConfigError(f"model.preset {config.preset!r} is not one of {', '.join(PRESETS)}")
-    preset = PRESETS[config.preset] | config.own_sizes.get(config.preset, {})
+    presets = {name: PRESETS.get(name, {}) | config.own_sizes.get(name, {}) for name in PRESETS | config.own_sizes}
+    if config.preset not in presets:
+        raise ModelConfigError(f"model.preset {config.preset!r} is not one of {', '.join(presets)}")
+    preset = presets[config.preset]
     names = {field.name for field in dataclasses.fields(config)}
     missing = {name: preset[name] for name in names & preset.keys() if getattr(config, name) is None}
     config = dataclasses.replace(config, **missing)

@@ -27,9 +27,7 @@ class DropPath(nn.Module):
 def prepare_for_finetuning(encoder: Encoder, drop_path: float) -> list[DropPath]:
     """Make a pre-trained encoder ready to be trained end to end: its positions become a parameter, and its blocks get
     stochastic depth, of a rate that rises linearly from 0 to `drop_path`; returns these modules."""
-    positions_ND = encoder.positions_ND.clone()
-    del encoder.positions_ND
-    encoder.positions_ND = nn.Parameter(positions_ND)
+    encoder.learn_positions()
     drops = []
     for i, block in enumerate(encoder.blocks):
         rate = drop_path * i / max(len(encoder.blocks) - 1, 1)

@@ -51,24 +51,45 @@ def split_prefix(tokens_BT: Tensor, position_B: Tensor, vocabulary: Vocabulary, 
     return prefix_BT, as_target(suffix_BT, vocabulary)
 
 
+def hard_negatives(
+    logits_BM: Tensor,
+    tokens_BT: Tensor,
+    position_B: Tensor,
+    group_MT: Tensor,
+    group_position_M: Tensor,
+    pad: int,
+    seed: int,
+) -> Tensor:
+    """Returns [B, T]: the samples' texts, half of them, the same as by `mismatched`, replaced by one of another sample.
+
+    It is drawn by (seed, position) from the softmax of the logits, without the sample's own text and those equal to it
+    (ALBEF, arXiv 2107.07651, section 3.2). The result does not depend on the order of the group.
+    """
+    order_M = group_position_M.argsort()
+    group_MT, logits_BM = group_MT[order_M], logits_BM[:, order_M].double()
+    other_BM = (tokens_BT[:, None] != group_MT).any(2) & (group_MT[:, 0] != pad)
+    ends_BM = logits_BM.masked_fill(~other_BM, -torch.inf).softmax(1).cumsum(1)  # of each text's share of [0, 1)
+    draw_B2 = random_bits(seed, MISMATCH, position_B, 2)
+    point_B1 = draw_B2[:, 1:] % 2**53 / 2.0**53 * ends_BM[:, -1:]
+    choice_B = torch.searchsorted(ends_BM, point_B1, right=True)[:, 0].clamp(max=len(group_MT) - 1)
+    replaced_B = (draw_B2[:, 0] % 2 == 1) & (tokens_BT[:, 0] != pad) & other_BM.any(1)
+    return torch.where(replaced_B[:, None], group_MT[choice_B], tokens_BT)
+
+
 def mismatched(
     tokens_BT: Tensor, position_B: Tensor, group_MT: Tensor, group_position_M: Tensor, pad: int, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Give half of the samples, by (seed, position), the text of another one of the group.
+) -> Tensor:
+    """Returns [B, T]: the samples' texts, half of them, by (seed, position), replaced by one of another sample.
 
     The result depends on which samples the group has, not on their order. A sample that draws a text equal to its own
     is matched; one without text keeps none, and is drawn by none.
-
-    Returns:
-        (tokens [B, T], matched bool [B]).
     """
     order_M = group_position_M.argsort()
     order_M = order_M[group_MT[order_M, 0] != pad]
     if not len(order_M):
-        return tokens_BT, torch.ones_like(position_B, dtype=torch.bool)
+        return tokens_BT
     own_B = torch.searchsorted(group_position_M[order_M], position_B)
     draw_B2 = random_bits(seed, MISMATCH, position_B, 2)
     other_B = (own_B + 1 + draw_B2[:, 1] % max(len(order_M) - 1, 1)) % len(order_M)
     replaced_B = (draw_B2[:, 0] % 2 == 1) & (tokens_BT[:, 0] != pad)
-    mixed_BT = torch.where(replaced_B[:, None], group_MT[order_M[other_B]], tokens_BT)
-    return mixed_BT, (mixed_BT == tokens_BT).all(1)
+    return torch.where(replaced_B[:, None], group_MT[order_M[other_B]], tokens_BT)

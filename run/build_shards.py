@@ -12,6 +12,9 @@ python run/build_shards.py udhr packages --out shards --format parquet         #
 python run/build_shards.py tatoeba folder --out shards --format parquet        # tatoeba.deu-eng.deu and so on
 python run/build_shards.py multi30k folder --out shards        # images, image_splits/ and raw/ of one task
 python run/build_shards.py debian-descriptions lists --out shards --format parquet
+python run/build_shards.py libreoffice-help packages --out shards --format parquet     # gimp-help-texts likewise
+python run/build_shards.py gimp-help packages --out shards     # apt-get download gimp-help-en, -de; dpkg-deb -x each
+python run/build_shards.py flags packages --out shards         # npm pack flag-icons cldr-localenames-full
 
 Writes train-00000.tar and so on, held_out-00000.tar and so on, and NNNNN_stats.json next to each; of multi30k, whose
 splits have names, files named by these.
@@ -31,7 +34,11 @@ from mug.data.builders.cldr import cldr_pairs, read_cldr
 from mug.data.builders.debian_descriptions import read_descriptions
 from mug.data.builders.digits import digit_pairs
 from mug.data.builders.fashion_mnist import fashion_mnist_pairs
+from mug.data.builders.flags import flag_pairs, read_flags
 from mug.data.builders.gemojione import gemojione_pairs
+from mug.data.builders.gimp_help import gimp_help_pairs, read_gimp_help, read_gimp_help_texts
+from mug.data.builders.libreoffice_help import read_libreoffice_help
+from mug.data.builders.manuals import of_pages
 from mug.data.builders.multi30k import multi30k_pairs, multi30k_splits
 from mug.data.builders.openclipart import find_openclipart, openclipart_pairs
 from mug.data.builders.openmoji import openmoji_pairs
@@ -134,19 +141,25 @@ KINDS: dict[str, Callable[[Any, str | None, LeftOut], Pairs]] = {
     "udhr": lambda source, caption, left_out: partial(of_keys, read_udhr(source, left_out)),
     "tatoeba": lambda source, caption, left_out: partial(of_keys, list(read_tatoeba(source, left_out))),
     "multi30k": lambda source, caption, left_out: partial(multi30k_pairs, source, left_out),
+    "libreoffice-help": lambda source, caption, left_out: partial(of_pages, read_libreoffice_help(source, left_out)),
+    "gimp-help": lambda source, caption, left_out: partial(gimp_help_pairs, read_gimp_help(source, left_out)),
+    "gimp-help-texts": lambda source, caption, left_out: partial(of_pages, read_gimp_help_texts(source, left_out)),
+    "flags": lambda source, caption, left_out: partial(flag_pairs, read_flags(source, left_out)),
 }
 NEED_SOURCE = ("folder", "parquet", "shuffled", "cldr", "debian-descriptions", "udhr", "tatoeba", "multi30k")
+NEED_SOURCE += ("libreoffice-help", "gimp-help", "gimp-help-texts", "flags")
+OWN_SPLITS = {"multi30k": multi30k_splits}  # kind → function of its source that returns their names
 CAPTION_NAMED = ("folder", "parquet")  # kinds whose captions have the name that --caption gives
 
 
 def split_names(options: Namespace) -> list[str]:
-    """Returns the splits to write; those of multi30k are its own.
+    """Returns the splits to write.
 
     Raises:
-        DataError: it has none.
+        DataError: the source has none of those that its kind has.
     """
-    if options.kind == "multi30k":
-        return multi30k_splits(Path(options.source))
+    if options.kind in OWN_SPLITS:
+        return OWN_SPLITS[options.kind](Path(options.source))
     return ["train", "held_out"] if options.held_out else ["train"]
 
 

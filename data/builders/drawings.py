@@ -49,10 +49,15 @@ def words(name: str) -> str:
 
 def draw(svg: Path, size: int = SIZE) -> bytes:
     """Returns an SVG as a PNG of size x size on white; nothing outside the file is read."""
+    return rasterized(svg.read_text(encoding="utf-8"), size, size)
+
+
+def rasterized(svg: str, width: int, height: int) -> bytes:
+    """Returns an SVG as a PNG on white."""
     import resvg_py
 
-    options = {"background": "white", "skip_system_fonts": True, "width": size, "height": size}
-    return bytes(resvg_py.svg_to_bytes(svg_string=svg.read_text(encoding="utf-8"), **options))
+    options = {"background": "white", "skip_system_fonts": True, "width": width, "height": height}
+    return bytes(resvg_py.svg_to_bytes(svg_string=svg, **options))
 
 
 def named_pairs(

@@ -6,7 +6,7 @@ D width, T tokens, E size of an embedding.
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -128,8 +128,10 @@ class Objective(nn.Module):
         load_batch_norm_state(self, state)
 
     def adopt(self, encoder: Encoder) -> None:
-        """Begin with the weights of `encoder`, which has this encoder's sizes (the recipe's `init`)."""
-        self.encoder.load_state_dict(encoder.state_dict())
+        """Begin with the weights of `encoder`, which has this encoder's sizes (the recipe's `init`); with its positions
+        where this one learns them."""
+        state = encoder.state_dict() | {"positions_ND": encoder.positions_ND}
+        self.encoder.load_state_dict({name: state[name] for name in self.encoder.state_dict()})
 
 
 class CoupledObjective(Objective):
@@ -145,6 +147,16 @@ class CoupledObjective(Objective):
         """Returns the names of small tensors [B, ...] that `prepare` needs of the entire group, in any order: the batch
         has them as `group/NAME` [M, ...]. None of a batch that is prepared; where a batch lacks them, it is alone."""
         return ()
+
+    def draws(self, batch: Batch) -> bool:
+        """Whether training draws something of such a batch by the features of its group, which `draw` does: then the
+        trainer takes two passes even where a group is one micro-batch."""
+        return False
+
+    def draw(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns tensors [B, ...] by name, with which `prepare` prepares a batch once more for the second pass; of
+        this rank's rows of the group, end to end, as `coupled_losses` has them. May gather those of all ranks."""
+        raise NotImplementedError
 
     def features(self, batch: Batch) -> tuple[dict[str, Tensor], Any]:
         """Returns (tensors [B, ...] by name, each row a sample's own; what else `own_losses` needs).
@@ -277,6 +289,18 @@ class ScoresCaptions(Protocol):
 
     def caption_log_likelihoods(self, image_BCHW: Tensor, tokens_CT: Tensor) -> Tensor:
         """Returns fp32 [B, C], nats, of uint8 images [B, 3, H, W] and int64 captions [C, T], BOS … EOS PAD."""
+
+
+@runtime_checkable
+class TakesLanguageModel(Protocol):
+    """Begins with the weights of a language model."""
+
+    def load_language_model(self, state: dict[str, Tensor], settings: Mapping[str, Any]) -> None:
+        """Load weights of transformers' layout; `settings` is their config.json.
+
+        Raises:
+            ModelConfigError: they are of another size, or of a model that computes something else.
+        """
 
 
 # --- Found by file name -------------------------------------------------------------------------------------

@@ -110,11 +110,6 @@ class Segment(Objective):
         self.head_flops = _flops((self.pyramid, self.head, self.auxiliary), config)
         convert_batch_norms(self)
 
-    def adopt(self, encoder: Encoder) -> None:
-        """Load all but the last norm, which the encoder lacks."""
-        state = encoder.state_dict() | {"positions_ND": encoder.positions_ND}
-        self.encoder.load_state_dict({name: state[name] for name in self.encoder.state_dict()})
-
     def forward(self, batch: Batch) -> tuple[Losses, Metrics]:
         """Returns cross-entropies over the pixels that count; the share of them that is right."""
         if self.training:

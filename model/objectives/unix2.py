@@ -2,21 +2,22 @@
 
 Where the paper is silent: one loss each sums all tasks of a kind of batch, which share one pass through each part;
 both encoders' first states are projected without bias to `embedding_width`; ITM replaces the text of half of the
-samples by one drawn from the group; MLM hides 15% of the words as BERT does; there is no dropout.
-Dimension letters: B batch, V texts a sample, T tokens, L encoded image tokens, R tokens of all texts packed, S fused
-sequences, F their states packed, K masked words, D width, E size of an embedding.
+samples by one drawn from the group, at random or near the image; MLM hides 15% of the words as BERT does; there is no
+dropout. Dimension letters: B batch, V texts a sample, T tokens, L encoded image tokens, R tokens of all texts packed,
+S fused sequences, F their states packed, K masked words, D width, E size of an embedding.
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 
-from mug.model import flops
+from mug.model import flops, interchange
 from mug.model.captioning import CaptionTask, autoregressive, masked_language
-from mug.model.contrastive import LogitScale, pair_loss
+from mug.model.contrastive import LogitScale, gather, pair_loss
 from mug.model.encoder import Encoder
 from mug.model.generate import write
 from mug.model.multilingual import (
@@ -30,7 +31,7 @@ from mug.model.multilingual import (
 from mug.model.objectives.objective import Batch, Context, CoupledObjective, Losses, Metrics, ObjectiveError
 from mug.model.presets import ModelConfigError
 from mug.model.text_decoder import CaptionHead, TextBlock, pack, packed_rows
-from mug.model.texts import as_source, lengths_of, mismatched, split_prefix
+from mug.model.texts import as_source, hard_negatives, lengths_of, mismatched, split_prefix
 from mug.model.vit import Block, init_weights
 
 MAX_SCALE = 1000.0  # a temperature of 0.001, as in ALBEF
@@ -89,7 +90,10 @@ class UniX2(CoupledObjective):
         self.vocabulary = context.vocabulary
         if self.vocabulary.mask is None:
             raise ModelConfigError("objective unix2 needs a tokenizer with a mask token: give one by data.tokenizer")
+        if config.itm_negatives == "hard" and "itm" in self.active and "cmcl" not in self.active:
+            raise ModelConfigError("model.itm_negatives hard draws by CMCL: give loss_weights.cmcl a weight, or random")
         self.encoder = Encoder(config)
+        self.encoder.learn_positions()
         self.head = CaptionHead(config.text_width, self.vocabulary)
         self.text_encoder = MultilingualEncoder(config, self.head)
         self.fusion_encoder = FusionEncoder(config)
@@ -117,12 +121,12 @@ class UniX2(CoupledObjective):
         `masked_targets` at; `written` [B, T], its packed `written_rows`, their `written_targets`, and `kept_rows`,
         which of these there are. bool `matched` [B].
         """
-        if "texts" in batch:
+        if "texts" in batch and "itm_texts" not in batch:
             return batch
         reading, pad = self._reading(batch), self.vocabulary.pad
         prepared = copy.copy(batch)  # which keeps its kind
-        for name in self.shared(batch):
-            prepared.pop(f"group/{name}", None)
+        for name in ("itm_texts", *(f"group/{name}" for name in self.shared(batch))):
+            prepared.pop(name, None)
         T = max(text.shape[1] for text in reading.texts)
         prepared["texts"] = torch.cat([_padded(text, T, pad) for text in reading.texts])
         prepared["text_rows"] = packed_rows(self._lengths(prepared["texts"]), T)
@@ -169,8 +173,11 @@ class UniX2(CoupledObjective):
             group_MT = batch.get("group/tokens", tokens_BT)
             group_M = batch.get("group/position", position_B)
             pad, seed = self.vocabulary.pad, self.context.seed
-            text_BT, matched = mismatched(tokens_BT, position_B, group_MT, group_M, pad, seed)
+            text_BT = batch.get("itm_texts")
+            if text_BT is None:
+                text_BT = mismatched(tokens_BT, position_B, group_MT, group_M, pad, seed)
             texts.append(text_BT)
+            matched = (text_BT == tokens_BT).all(1)
         return self._with_words(batch, Reading(texts, alone, matched=matched))
 
     def _of_text(self, batch: Batch) -> Reading:
@@ -263,7 +270,21 @@ class UniX2(CoupledObjective):
             target_BE, source_BE = _unit(self.sentence_projection(cls_VD[: 2 * B])).chunk(2)
             return {"source": source_BE, "target": target_BE, "valid": valid_B}, rest
         image_BE, text_BE = _unit(self.image_projection(image_BLD[:, 0])), _unit(self.text_projection(cls_VD[:B]))
-        return {"image": image_BE, "text": text_BE, "valid": valid_B}, rest
+        drawn_from = {name: batch[name] for name in ("tokens", "position")} if self.draws(batch) else {}
+        return {"image": image_BE, "text": text_BE, "valid": valid_B, **drawn_from}, rest
+
+    def draws(self, batch: Batch) -> bool:
+        """Whether ITM's negatives are hard. Of held-out batches they are at random, as the one pass has them."""
+        return self.config.itm_negatives == "hard" and "itm" in self.active and kind_of(batch) == "pairs"
+
+    def draw(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns `itm_texts` [B, T]: half are those of other samples, on any rank, near the image by CMCL. Texts
+        alone are exchanged; images stay where they are."""
+        text_ME, group_MT, group_M = (gather(features[name]) for name in ("text", "tokens", "position"))
+        logits_BM = features["image"] @ text_ME.T * self.pair_scale()
+        tokens_BT, position_B, seed = features["tokens"], features["position"], self.context.seed
+        pad = self.vocabulary.pad
+        return {"itm_texts": hard_negatives(logits_BM, tokens_BT, position_B, group_MT, group_M, pad, seed)}
 
     def coupled_losses(self, features: dict[str, Tensor]) -> tuple[Losses, Metrics]:
         """Returns the sum of both directions (equation 1), and the mean of their accuracies."""
@@ -323,6 +344,9 @@ class UniX2(CoupledObjective):
         return self.head(hidden_RD, batch["written_targets"], batch["kept_rows"])
 
     # --- Abilities --------------------------------------------------------------------------------------------
+
+    def load_language_model(self, state: dict[str, Tensor], settings: Mapping[str, Any]) -> None:
+        interchange.load_language_model(self, state, settings)
 
     def embed_image(self, image_BCHW: Tensor) -> Tensor:
         return _unit(self.image_projection(self.encoder(image_BCHW)[:, 0]))

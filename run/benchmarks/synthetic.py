@@ -2,6 +2,7 @@
 
 import torch
 
+from mug.data.kinds.samples import Batch as KindBatch
 from mug.model.objectives.mug import MUGConfig
 from mug.model.objectives.objective import Batch, Objective
 from mug.model.presets import Vocabulary
@@ -36,3 +37,23 @@ def full_batch(objective: Objective, size: int, seed: int = 0) -> Batch:
         tokens[:, 0], tokens[:, -1] = vocabulary.bos, vocabulary.eos
         batch["tokens"] = tokens
     return batch
+
+
+def kind_batch(objective: Objective, kind: str, size: int, words: int) -> KindBatch:
+    """Returns black images, where the kind has some, and texts of so many random words, or of as many as the model
+    takes."""
+    config, vocabulary = objective.config, objective.context.vocabulary
+    batch = KindBatch(kind, {"position": torch.arange(size)})
+    if kind not in ("text", "bitext"):
+        shape = (size, *[len(objective.views(config))] * bool(objective.views(config)))
+        pixels = torch.zeros((), dtype=torch.uint8).expand(*shape, 3, config.image_size, config.image_size)
+        batch["views" if objective.views(config) else "image"] = pixels
+    if vocabulary is None or not objective.reads_captions:
+        return batch
+    generator = torch.Generator().manual_seed(0)
+    language = [torch.full((size, 1), i) for i in vocabulary.language_ids[:1]]
+    words = min(words, config.text_length - 2 - len(language))
+    text = torch.randint(4, vocabulary.size - 1, (size, words), generator=generator)
+    bos, eos = (torch.full((size, 1), i) for i in (vocabulary.bos, vocabulary.eos))
+    source, target = torch.cat([bos, text, eos, *language], 1), torch.cat([*(language or [bos]), text, eos], 1)
+    return KindBatch(kind, batch | ({"source": source, "target": target} if "bitext" in kind else {"tokens": source}))

@@ -4,7 +4,8 @@ After GradCache (arXiv 2101.06983). First the features of all micro-batches, wit
 losses of the entire group, and their gradient by the features. Then each micro-batch again, with the surrogate
 (features x their gradient).sum(), whose gradient by the encoder is that of the coupled losses; the last micro-batch
 computes the coupled losses a second time, from the features kept, for the gradient of the heads and the scale. So
-there is one backward pass a micro-batch, as DeepSpeed wants it, and memory for one micro-batch's activations.
+there is one backward pass a micro-batch, as DeepSpeed wants it, and memory for one micro-batch's activations. Between
+the passes an objective may draw by the features, as it does hard negatives.
 """
 
 import copy
@@ -79,6 +80,7 @@ def couple(
     if not features[0]:  # this kind of batch has no coupled loss
         return list(group)
     joined = {name: torch.cat([of[name] for of in features]) for name in features[0]}
+    group = _drawn(engine, group, joined)
     learned = {name: tensor.requires_grad_() for name, tensor in joined.items() if tensor.is_floating_point()}
     # Not through the engine, which refuses other gradients than those of its backward.
     with statistics_kept(engine.module):
@@ -130,6 +132,26 @@ def _features(engine: Any, group: Sequence[WeightedBatch], ahead: Ahead) -> list
             found.append(engine.module(ahead.take(one.batch), _features_alone))
             ahead.send([(*group[i + 1 :], group[0])[0].batch])
     return found
+
+
+@torch.no_grad()
+def _drawn(engine: Any, group: Sequence[WeightedBatch], joined: Features) -> Sequence[WeightedBatch]:
+    """Returns the micro-batches as their objective prepares them with what it draws by the group's features."""
+    objective = engine.module
+    if not objective.draws(group[0].batch):
+        return group
+    drawn = {name: tensor.cpu() for name, tensor in objective(joined, _draw).items()}
+    sizes = [len(one.batch["position"]) for one in group]
+    found = []
+    for i, one in enumerate(group):
+        batch = copy.copy(one.batch)  # which keeps its kind
+        batch.update({name: tensor.split(sizes)[i] for name, tensor in drawn.items()})
+        found.append(dataclasses.replace(one, batch=objective.prepare(batch)))
+    return found
+
+
+def _draw(objective: CoupledObjective, features: Features) -> dict[str, Tensor]:
+    return objective.draw(features)
 
 
 def _features_alone(objective: CoupledObjective, batch: Batch) -> Features:

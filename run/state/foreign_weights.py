@@ -111,6 +111,22 @@ def read_folder(folder: Path, config: MUGConfig, norm_eps: float, warn: Callable
         RunError: no weights there, or of a model that computes something else than one of `config` and `norm_eps`.
     """
     _check_config(folder, config, norm_eps, warn)
+    return _folder_state(folder, warn)
+
+
+def read_language_model(folder: Path, warn: Callable[[str], None]) -> tuple[State, dict[str, Any]]:
+    """Returns the weights, fp32, and the config.json of a language model, from a folder of `save_pretrained`.
+
+    Raises:
+        RunError: they are not there, or cannot be read.
+    """
+    if not is_pretrained(folder):
+        raise RunError(f"init.language_model {folder} has no {CONFIG}: give a folder that save_pretrained has written")
+    return _folder_state(folder, warn), _read_json(folder / CONFIG)
+
+
+def _folder_state(folder: Path, warn: Callable[[str], None]) -> State:
+    """Returns the weights of a folder of `save_pretrained`, as `read_file` does."""
     for name in FILES:
         if (folder / name).is_file():
             return read_file(folder / name, warn)

@@ -3,21 +3,23 @@
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mug.model.encoder import Encoder
 from mug.model.interchange import State, as_mae, load_encoder
-from mug.model.objectives.objective import Objective
+from mug.model.objectives.objective import Objective, TakesLanguageModel
 from mug.model.positions import interpolate_pos_embed
 from mug.model.presets import EncoderConfig, ModelConfigError
 from mug.model.vit import NORM_EPS
 from mug.run.common.errors import RunError
-from mug.run.state.foreign_weights import is_pretrained, read_file, read_folder, read_state
+from mug.run.state.foreign_weights import is_pretrained, read_file, read_folder, read_language_model, read_state
 from mug.run.state.restore import find, model_of
 from mug.run.state.sharded_state import SavedState, load_weights
 
+LANGUAGE_MODEL = "language_model"  # in `init`: of all parts that read and write text
 SIZES = ("patch_size", "width", "depth", "heads")  # positions are interpolated, so the image's size may differ
 
 
@@ -27,9 +29,12 @@ def initialize(model: Objective, init: str | Mapping[str, str], warn: Callable[[
     Raises:
         RunError: there is no such part or path, or it holds weights of another size or kind.
     """
+    able: Any = model
     for part, path in parts_of(init).items():
         if part == "encoder":
             model.adopt(initial_encoder(model.config, path, warn))
+        elif part == LANGUAGE_MODEL and isinstance(able, TakesLanguageModel):
+            _load_language_model(able, path, warn)
         else:
             _load_part(model, part, path, warn)
 
@@ -45,6 +50,14 @@ def check_part(model: nn.Module, part: str, option: str) -> None:
     if not any(f"{name}.".startswith(f"{part}.") for name in names):
         parts = dict.fromkeys(name.partition(".")[0] for name in names)
         raise RunError(f"{option}: the model has no part of this name; it has {', '.join(parts)}, and those in them")
+
+
+def _load_language_model(model: TakesLanguageModel, path: str, warn: Callable[[str], None]) -> None:
+    state, settings = read_language_model(Path(path), warn)
+    try:
+        model.load_language_model(state, settings)
+    except ModelConfigError as error:
+        raise RunError(f"init.{LANGUAGE_MODEL} {path}: {error}") from None
 
 
 @torch.no_grad()

@@ -149,6 +149,8 @@ class Study:
         title: heading of the table.
         sets: the data, by name.
         pools: what is learned from, by name; the first is that of encoders which name none.
+        base: a recipe that each pre-training begins with, and whose data it has, instead of those of a pool; of a pool
+            then only the pictures matter, that no judge must have.
         encoders: what is compared, by name.
         judges: what is judged on, by name.
         comparisons: pairs of encoders of which the difference is claimed, or not; all others are without claims.
@@ -182,6 +184,7 @@ class Study:
     finetune: FinetuneConfig | None = None
     others: dict[str, OtherConfig] = field(default_factory=dict)
     curve: int = 0
+    base: str | None = None
 
     def objective(self, name: str) -> str:
         """Returns the objective of an encoder, its own or that of the one it is like."""

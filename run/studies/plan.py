@@ -158,12 +158,11 @@ class Plan:
         own = {field.name for field in dataclasses.fields(objective.Config)}
         sizes = {f"model.{key}": value for key, value in study.model.items() if key in own}
         recipe = flat(study.recipe) | flat(leader.recipe) | flat(study.encoders[name].recipe)
-        crops = {} if objective.views(objective.Config()) else {"data.crop_scale": CROPS}
-        fixed = crops | {
+        data = {} if objective.views(objective.Config()) else {"data.crop_scale": CROPS}
+        data |= {"data.shards": self.pool(study.pool_of(name)), "data.workers": 0}
+        data |= {"data.tokenizer": str(self.folder / "tokenizer.json")}
+        fixed = ({} if study.base else data) | {
             "objective": study.objective(name),
-            "data.shards": self.pool(study.pool_of(name)),
-            "data.tokenizer": str(self.folder / "tokenizer.json"),
-            "data.workers": 0,
             "trainer.global_batch": study.batch,
             "trainer.micro_batch": study.batch,
             "trainer.eval_every": WHOLE_RUN,
@@ -171,7 +170,8 @@ class Plan:
             "checkpoint.keep": 1,
             "seed": seed,
         }
-        base = ["--config", str(RUN / "studies" / "base" / "pretrain.yaml"), "--deepspeed", str(DEEPSPEED)]
+        recipe_file = study.base or str(RUN / "studies" / "base" / "pretrain.yaml")
+        base = ["--config", recipe_file, "--deepspeed", str(DEEPSPEED)]
         curve = self._validation("evals.knn.") if "evals.knn.every" in values else []
         command = ["pretrain.py", *base, "--output", str(run), *flags(sizes | fixed | recipe | values), *curve]
         return Job(f"pre-train {label}", command, run, resumes=True)

@@ -103,7 +103,8 @@ class Recipe:
         init: weights for the encoder to begin with: the folder of a run or of one of its checkpoints, or a file of an
             encoder in timm's, MAE's or transformers' layout (.safetensors, .pth, a training checkpoint too), or a
             folder of `save_pretrained`. Without it, from scratch. Or for several parts of the model, by name; of parts
-            other than `encoder`, a run that has the same part, or a file of its state dict.
+            other than `encoder`, a run that has the same part, or a file of its state dict. `language_model` is a
+            folder of `save_pretrained` of an mBART or XLM-R, for all parts of `unix2` that read or write text.
         rates: part of the model → factor on its learning rate; 0 freezes it.
         seed: of weights, order of samples, crops and masks.
     """
@@ -286,9 +287,12 @@ def parse_command(prog: str, description: str, default: Path, arguments: Sequenc
         if parsed[section] is None:
             raise RunError(f"{recipe_file}: section {section} is empty; give it keys, or leave it out")
     values = parser.instantiate(parsed)
+    streams = {name: stream_of(values.data[name]) for name in named.streams}
+    if streams and not any(stream.weight for stream in streams.values()):
+        raise RunError(f"data: the streams {', '.join(streams)} all have weight 0; give one more than 0")
     recipe = Recipe(
         objective=named.objective,
-        data={name: stream_of(values.data[name]) for name in named.streams} or values.data,
+        data={name: stream for name, stream in streams.items() if stream.weight} or values.data,
         evals={name: values.evals[name] for name in named.evals},
         **{name: values[name] for name in ("model", *SECTIONS, "loss_weights", "init", "rates", "seed")},
     )

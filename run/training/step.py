@@ -31,7 +31,7 @@ def train_step(
     clear_gradients(engine)
     for first in range(0, len(batches), size):
         group = [WeightedBatch(batches[i], counts[i], scales[i]) for i in range(first, first + size)]
-        if size > 1 and isinstance(objective, CoupledObjective):
+        if isinstance(objective, CoupledObjective) and (size > 1 or objective.draws(group[0].batch)):
             group = couple(engine, group, weights, ahead)
         for one in group:
             losses, metrics, total = one.forward(engine, ahead.take(one.batch), weights)

@@ -108,7 +108,7 @@ def encode(
     config = model.config
     weight, bias = p[f"{name}.patch_embed.proj.weight"], p[f"{name}.patch_embed.proj.bias"]
     patch_ND = nn.functional.conv2d(normalized(image_CHW)[None], weight, bias, stride=config.patch_size)
-    patch_ND = patch_ND[0].flatten(1).T + model.encoder.positions_ND.double()
+    patch_ND = patch_ND[0].flatten(1).T + p.get("encoder.positions_ND", model.encoder.positions_ND.double())
     patch_ND = patch_ND if visible is None else patch_ND[visible]
     parts = [p[f"{name}.cls_token"][0], patch_ND] + ([] if words_WD is None else [words_WD])
     x = torch.cat(parts)

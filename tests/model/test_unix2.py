@@ -21,7 +21,7 @@ from mug.model.objectives.objective import (
     Translates,
 )
 from mug.model.objectives.unix2 import TASKS, UniX2
-from mug.model.presets import Vocabulary, resolve
+from mug.model.presets import ModelConfigError, Vocabulary, resolve
 
 POSITIONS = [1, 2, 3, 5, 6, 7, 8, 9, 12, 14]
 SEED = 3
@@ -175,22 +175,55 @@ def test_half_of_the_texts_are_anothers_whatever_the_order_of_the_group():
     words = torch.arange(6, 206)
     group, positions = torch.stack([torch.ones(200, dtype=torch.int64), words], 1), torch.arange(200) * 7 + 3
     group[::10] = 0
-    mixed, matched = texts.mismatched(group, positions, group, positions, 0, SEED)
-    captioned = group[:, 0] != 0
-    assert torch.equal(matched, (mixed == group).all(1)) and matched[~captioned].all()
+    mixed = texts.mismatched(group, positions, group, positions, 0, SEED)
+    captioned, matched = group[:, 0] != 0, (mixed == group).all(1)
+    assert matched[~captioned].all()
     assert 0.35 < matched[captioned].float().mean() < 0.65
     drawn = mixed[captioned & ~matched]
     assert (drawn[:, 0] == 1).all() and len(drawn[:, 1].unique()) > 50
     order = torch.randperm(200, generator=torch.manual_seed(0))
-    again, _ = texts.mismatched(group[:50], positions[:50], group[order], positions[order], 0, SEED)
+    again = texts.mismatched(group[:50], positions[:50], group[order], positions[order], 0, SEED)
     assert torch.equal(again, mixed[:50])
 
 
 def test_a_text_equal_to_its_own_is_matched_and_none_is_no_error():
     same = torch.tensor([[1, 7, 2]]).expand(8, -1)
-    assert texts.mismatched(same, torch.arange(8), same, torch.arange(8), 0, SEED)[1].all()
+    assert torch.equal(texts.mismatched(same, torch.arange(8), same, torch.arange(8), 0, SEED), same)
     none = torch.zeros(2, 3, dtype=torch.int64)
-    assert torch.equal(texts.mismatched(none, torch.arange(2), none, torch.arange(2), 0, SEED)[0], none)
+    assert torch.equal(texts.mismatched(none, torch.arange(2), none, torch.arange(2), 0, SEED), none)
+
+
+def test_hard_negatives_are_drawn_by_the_softmax_of_the_others():
+    """Of 4 texts, two of which are the same: the shares of 4,000 draws, and what is replaced."""
+    n, words = 4000, torch.tensor([[1, 7], [1, 8], [1, 7], [1, 9]])
+    position, group_position = torch.arange(n), torch.tensor([0, n, n + 1, n + 2])
+    logits = torch.tensor([[9.0, 0.0, 9.0, 1.0]]).expand(n, -1)  # the sample's own text is by far the nearest
+    own = words[:1].expand(n, -1)
+    drawn = texts.hard_negatives(logits, own, position, words, group_position, 0, SEED)
+    swapped = random_bits(SEED, MISMATCH, position, 2)[:, 0] % 2 == 1
+    assert torch.equal((drawn != own).any(1), swapped), "the half that is replaced at random, too"
+    found = drawn[(drawn != own).any(1), 1]
+    share = torch.e / (1 + torch.e)
+    assert {*found.tolist()} == {8, 9}
+    assert (found == 9).double().mean().item() == pytest.approx(
+        share, abs=4 * (share * (1 - share) / len(found)) ** 0.5
+    )
+    order = torch.tensor([2, 0, 3, 1])
+    turned = texts.hard_negatives(logits[:, order], own, position, words[order], group_position[order], 0, SEED)
+    assert torch.equal(turned, drawn)
+
+
+def test_hard_negatives_of_texts_that_are_none_or_all_the_same():
+    for group in (torch.tensor([[1, 7, 2]]).expand(8, -1), torch.zeros(8, 3, dtype=torch.int64)):
+        drawn = texts.hard_negatives(torch.zeros(8, 8), group, torch.arange(8), group, torch.arange(8), 0, SEED)
+        assert torch.equal(drawn, group)
+
+
+def test_hard_negatives_need_the_similarities_of_cmcl():
+    config = resolve(MultilingualConfig(**oracle.SIZES, itm_negatives="hard"))
+    with pytest.raises(ModelConfigError, match=r"itm_negatives hard draws by CMCL: give loss_weights\.cmcl"):
+        UniX2(config, Context(vocabulary=VOCABULARY, losses=("itm", "mlm")))
+    UniX2(config, Context(vocabulary=VOCABULARY, losses=("mlm",)))
 
 
 @pytest.mark.parametrize("kind", KINDS)

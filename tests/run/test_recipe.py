@@ -182,3 +182,11 @@ def test_a_mixture_is_streams_by_name_each_with_the_options_of_its_kind(tmp_path
     (tmp_path / "mixture.yaml").write_text(MIXTURE.replace("kind: pairs", "kind: scenes"))
     with pytest.raises(RunError, match=r"data\.second: mug learns from pairs, not from scenes"):
         parse("pretrain", options)
+
+
+def test_a_weight_of_0_leaves_a_stream_out(tmp_path):
+    (tmp_path / "mixture.yaml").write_text(MIXTURE)
+    options = ["--config", str(tmp_path / "mixture.yaml"), *DEEPSPEED, "--data.second.weight", "0"]
+    assert [*parse("pretrain", options).recipe.streams] == ["first"]
+    with pytest.raises(RunError, match=r"^data: the streams first, second all have weight 0; give one"):
+        parse("pretrain", [*options, "--data.first.weight", "0"])

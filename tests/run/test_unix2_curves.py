@@ -29,9 +29,10 @@ GROUP, GROUPS, RATE = 8, 2, 0.05
 CASES = {1: [(3, 2)], 2: [(0, 1), (1, 2), (3, 4)], 4: [(2, 2)]}  # ZeRO stage, accumulation
 
 
-def make() -> UniX2:
+def make(negatives: str = "random") -> UniX2:
     torch.manual_seed(0)
-    return UniX2(resolve(MultilingualConfig(**SIZES)), Context(seed=3, vocabulary=VOCABULARY))
+    config = resolve(MultilingualConfig(**SIZES, itm_negatives=negatives))
+    return UniX2(config, Context(seed=3, vocabulary=VOCABULARY))
 
 
 def text_at(position: int, target: bool = False) -> torch.Tensor:
@@ -60,11 +61,22 @@ def positions_of(step: int, group: int) -> list[int]:
     return list(range(first, first + GROUP))
 
 
-def oracle() -> list[tuple[float, dict[str, np.ndarray]]]:
+def drawn(model: UniX2, batch: Batch) -> Batch:
+    """The batch with its hard negatives, if there are some."""
+    if not model.draws(batch):
+        return batch
+    batch = model.prepare(batch)
+    with torch.no_grad():
+        batch.update(model.draw(model.features(batch)[0]))
+    return batch
+
+
+def oracle(negatives: str = "random") -> list[tuple[float, dict[str, np.ndarray]]]:
     """The total and the weights of each step."""
-    model, found = make(), []
+    model, found = make(negatives), []
     for step, kinds in enumerate(STEPS):
-        losses = [model(batch_of(kind, positions_of(step, group)))[0] for group, kind in enumerate(kinds)]
+        batches = [batch_of(kind, positions_of(step, group)) for group, kind in enumerate(kinds)]
+        losses = [model(drawn(model, batch))[0] for batch in batches]
         total = sum(sum(of_group.values()) for of_group in losses)  # no name is in both groups
         model.zero_grad()
         total.backward()
@@ -86,12 +98,12 @@ def micro_batches(step: int, accumulation: int) -> list[Batch]:
     return found
 
 
-def build(stage: int, accumulation: int):
+def build(stage: int, accumulation: int, negatives: str):
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False)
-    model, trainer = make(), TrainerConfig(weight_decay=0.0)
+    model, trainer = make(negatives), TrainerConfig(weight_decay=0.0)
     config = {
         "train_micro_batch_size_per_gpu": GROUP // (dist.get_world_size() * accumulation),
         "gradient_accumulation_steps": GROUPS * accumulation,
@@ -104,11 +116,13 @@ def build(stage: int, accumulation: int):
     return build_engine(model, config, trainer, parameter_groups(model, trainer))
 
 
-def assert_is_the_oracle(cases: list[tuple[int, int]], expected: list[tuple[float, dict[str, np.ndarray]]]) -> None:
+def assert_is_the_oracle(
+    cases: list[tuple[int, int]], expected: list[tuple[float, dict[str, np.ndarray]]], negatives: str = "random"
+) -> None:
     import deepspeed
 
     for stage, accumulation in cases:
-        engine = build(stage, accumulation)
+        engine = build(stage, accumulation, negatives)
         for step, (total, weights) in enumerate(expected):
             what = f"ZeRO {stage}, {dist.get_world_size()} rank(s), accumulation {accumulation}, step {step}"
             means = train_step(engine, micro_batches(step, accumulation), UniX2.losses, groups=GROUPS)
@@ -125,6 +139,21 @@ def assert_is_the_oracle(cases: list[tuple[int, int]], expected: list[tuple[floa
 @pytest.mark.parametrize("world", CASES)
 def test_steps_are_those_of_entire_groups(world):
     run_gloo_ranks(world, assert_is_the_oracle, CASES[world], oracle())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "case"), [(1, (2, 1)), (2, (3, 2))])
+def test_hard_negatives_are_those_of_entire_groups(world, case):
+    run_gloo_ranks(world, assert_is_the_oracle, [case], oracle("hard")[:3], "hard")  # two steps with pairs
+
+
+def test_hard_negatives_are_others_than_random_ones_and_stay_when_prepared_again():
+    model, batch = make("hard"), batch_of("pairs", positions_of(0, 0))
+    hard, random = model.prepare(drawn(model, batch)), model.prepare(batch)
+    T = hard["texts"].shape[1]
+    assert torch.equal(hard["texts"][:GROUP, :T], random["texts"][:GROUP, :T]), "CMCL's"
+    assert not torch.equal(hard["texts"][GROUP : 2 * GROUP], random["texts"][GROUP : 2 * GROUP])
+    assert model.prepare(hard) is hard and not model.draws(batch_of("text", positions_of(0, 0)))
 
 
 def assert_held_out_losses(expected: dict[str, float]) -> None:
