@@ -29,15 +29,13 @@ MBART_LARGE = _sizes(1024, 16, 12, 256, 256)
 
 
 @dataclass(frozen=True)
-class MultilingualConfig(TextConfig):
-    """Sizes of the parts that read and write text.
+class FusionConfig(TextConfig):
+    """Sizes of the parts that read text, and text with an image.
 
     Args:
         text_length: tokens of a text, BOS, EOS and language included.
         text_layers: blocks of the text encoder.
         fusion_layers: blocks of the fusion encoder.
-        decoder_layers: blocks of the decoder.
-        embedding_width: size of the joint embedding.
     """
 
     own_sizes: ClassVar = {
@@ -50,13 +48,28 @@ class MultilingualConfig(TextConfig):
 
     text_layers: int = FROM_PRESET
     fusion_layers: int = FROM_PRESET
+
+    def check(self) -> None:
+        super().check()
+        at_least(self, 1, "text_layers", "fusion_layers")
+        at_least(self, 4, "text_length")  # BOS, a word, EOS and language
+
+
+@dataclass(frozen=True)
+class MultilingualConfig(FusionConfig):
+    """Sizes of the parts that read and write text.
+
+    Args:
+        decoder_layers: blocks of the decoder.
+        embedding_width: size of the joint embedding.
+    """
+
     decoder_layers: int = FROM_PRESET
     embedding_width: int = FROM_PRESET
 
     def check(self) -> None:
         super().check()
-        at_least(self, 1, "text_layers", "fusion_layers", "decoder_layers", "embedding_width")
-        at_least(self, 4, "text_length")  # BOS, a word, EOS and language
+        at_least(self, 1, "decoder_layers", "embedding_width")
 
 
 class WordEmbed(nn.Module):
@@ -82,7 +95,7 @@ class WordEmbed(nn.Module):
 
 
 class MultilingualEncoder(nn.Module):
-    def __init__(self, config: MultilingualConfig, head: CaptionHead):
+    def __init__(self, config: FusionConfig, head: CaptionHead):
         super().__init__()
         # A target has no BOS; as a source it is one token longer.
         self.words = WordEmbed(head.weight, config.text_length + 1)
@@ -103,7 +116,7 @@ class FusionEncoder(nn.Module):
     `MM_CLS`, the first, stands for the pair (section 3.2.2 of UniX²). A sequence may lack the image.
     """
 
-    def __init__(self, config: MultilingualConfig):
+    def __init__(self, config: FusionConfig):
         super().__init__()
         width = config.text_width
         self.cls_D = nn.Parameter(0.02 * torch.randn(width))
@@ -205,6 +218,6 @@ class MaskedHead(nn.Module):
         return self.norm(nn.functional.gelu(self.transform(x_KD)))
 
 
-def _blocks(config: MultilingualConfig, layers: int, memory_width: int | None = None) -> nn.ModuleList:
+def _blocks(config: FusionConfig, layers: int, memory_width: int | None = None) -> nn.ModuleList:
     width, heads = config.text_width, config.text_heads
     return nn.ModuleList(TextBlock(width, heads, memory_width, NORM_EPS) for _ in range(layers))
