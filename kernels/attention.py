@@ -99,6 +99,7 @@ def attention_kv(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    kv_lengths: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Returns cross-attention to k and v as one projection makes them; the gradient of kv as of qkv in `attention_qkv`.
@@ -112,7 +113,7 @@ def attention_kv(
     """
     _check_whole("kv", kv, 2)
     starts, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
-    return _attend((q, kv), False, starts, longest, None, None, backend)
+    return _attend((q, kv), False, starts, longest, kv_lengths, None, backend)
 
 
 def _attend(

@@ -1,9 +1,9 @@
 """Write captions with the text decoder, and reconstruct the masked patches.
 
-Dimension letters: B batch, T tokens, L encoded image tokens, V vocabulary, K beams.
+Dimension letters: B batch, T tokens, L encoded image tokens, V vocabulary, K beams, C continuations.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mug.kernels.masked_patch_loss import gather_patches, normalize_channels, patch_statistics, patchify
 from mug.model.encoder import PIXEL_MEAN, PIXEL_STD
 from mug.model.presets import PixelDecoderConfig, Vocabulary
-from mug.model.text_decoder import Cache, CaptionHead, TextDecoder
+from mug.model.text_decoder import MEMORY_LENGTHS, Cache, CaptionHead, TextDecoder
 
 
 class Decoder(Protocol):
@@ -30,37 +30,80 @@ class Decoder(Protocol):
     def __call__(self, tokens_BT: Tensor, memory_BLD: Tensor, /, *, caches: list[Cache] | None = None) -> Tensor: ...
 
 
-def _next_logits(
-    decoder: Decoder, vocabulary: Vocabulary, token_B: Tensor, memory_BLD: Tensor, caches: list[Cache]
+class Writer:
+    """Predicts the next tokens of texts, and keeps what the layers need of the earlier ones.
+
+    Args:
+        memory_BLD: [B, L, encoder width], what is written about.
+        first: the tokens that each text begins with; () for BOS.
+        lengths_B: int64, of each sample's memory, padding after it; None where there is none.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        vocabulary: Vocabulary,
+        memory_BLD: Tensor,
+        first: Sequence[int] = (),
+        lengths_B: Tensor | None = None,
+    ):
+        self.decoder, self.vocabulary, self.memory_BLD = decoder, vocabulary, memory_BLD
+        self.first = tuple(first) or (vocabulary.bos,)
+        self.length = len(decoder.position_embed)
+        kept = {} if lengths_B is None else {MEMORY_LENGTHS: lengths_B}
+        self.caches: list[Cache] = [dict(kept) for _ in decoder.blocks]
+
+    def empty(self, *sizes: int) -> Tensor:
+        """Returns int64 [*sizes, T] of PAD after the first token."""
+        tokens = torch.full((*sizes, self.length), self.vocabulary.pad, device=self.memory_BLD.device)
+        tokens[..., 0] = self.first[0]
+        return tokens
+
+    def logits(self, tokens_BT: Tensor, t: int) -> Tensor:
+        """Returns fp32 [B, V] of token `t`; to be called for 1, 2, … in turn. PAD and the first token never follow."""
+        hidden_B1D = self.decoder(tokens_BT[:, t - 1 : t], self.memory_BLD, caches=self.caches)
+        logits_BV = self.decoder.head(hidden_B1D[:, -1]).float()
+        if t < len(self.first):
+            return torch.full_like(logits_BV, -torch.inf).index_fill(1, self._ids(self.first[t]), 0.0)
+        return logits_BV.index_fill(1, self._ids(self.vocabulary.pad, self.first[0]), -torch.inf)
+
+    def reorder(self, row_B: Tensor) -> None:
+        """Continue the texts of these rows; what is written about stays, as it is alike for all texts of a sample."""
+        for cache in self.caches:
+            cache.update({name: kept[row_B] for name, kept in cache.items() if not name.startswith("memory")})
+
+    def _ids(self, *ids: int) -> Tensor:
+        return torch.tensor(ids, device=self.memory_BLD.device)
+
+
+def write(
+    decoder: Decoder,
+    vocabulary: Vocabulary,
+    memory_BLD: Tensor,
+    beams: int,
+    first: Sequence[int] = (),
+    lengths_B: Tensor | None = None,
 ) -> Tensor:
-    """Returns fp32 [B, V]: the logits of what follows `token_B`, given the caches."""
-    hidden_BTD = decoder(token_B[:, None], memory_BLD, caches=caches)
-    logits_BV = decoder.head(hidden_BTD[:, -1]).float()
-    never = [vocabulary.pad, vocabulary.bos]
-    return logits_BV.index_fill(1, torch.tensor(never, device=logits_BV.device), -torch.inf)
-
-
-def write(decoder: Decoder, vocabulary: Vocabulary, memory_BLD: Tensor, beams: int) -> Tensor:
-    """Returns captions: int64 [B, T], BOS … EOS PAD; one beam is greedy."""
+    """Returns captions: int64 [B, T], BOS … EOS PAD; one beam is greedy. The rest as of `Writer`."""
     if beams == 1:
-        return greedy(decoder, vocabulary, memory_BLD)
-    return beam_search(decoder, vocabulary, memory_BLD, beams)
+        return greedy(decoder, vocabulary, memory_BLD, first, lengths_B)
+    return beam_search(decoder, vocabulary, memory_BLD, beams, first, lengths_B)
 
 
 @torch.inference_mode()
-def greedy(decoder: Decoder, vocabulary: Vocabulary, memory_BLD: Tensor) -> Tensor:
-    """Returns captions by greedy decoding: int64 [B, T], BOS … EOS PAD.
-
-    Args:
-        memory_BLD: [B, L, encoder width], the encoder's output.
-    """
-    length = len(decoder.position_embed)
-    tokens_BT = torch.full((len(memory_BLD), length), vocabulary.pad, device=memory_BLD.device)
-    tokens_BT[:, 0] = vocabulary.bos
-    caches: list[Cache] = [{} for _ in decoder.blocks]
+def greedy(
+    decoder: Decoder,
+    vocabulary: Vocabulary,
+    memory_BLD: Tensor,
+    first: Sequence[int] = (),
+    lengths_B: Tensor | None = None,
+) -> Tensor:
+    """Returns captions by greedy decoding: int64 [B, T], BOS … EOS PAD; arguments as of `Writer`."""
+    writer = Writer(decoder, vocabulary, memory_BLD, first, lengths_B)
+    tokens_BT = writer.empty(len(memory_BLD))
     done_B = torch.zeros(len(memory_BLD), dtype=torch.bool, device=memory_BLD.device)
-    for t in range(1, length):
-        best_B = _next_logits(decoder, vocabulary, tokens_BT[:, t - 1], memory_BLD, caches).argmax(1)
+    for t in range(1, writer.length):
+        best_B = writer.logits(tokens_BT, t).argmax(1)
         tokens_BT[:, t] = best_B.masked_fill(done_B, vocabulary.pad)
         done_B |= best_B == vocabulary.eos
         if done_B.all():
@@ -69,44 +112,54 @@ def greedy(decoder: Decoder, vocabulary: Vocabulary, memory_BLD: Tensor) -> Tens
 
 
 @torch.inference_mode()
-def beam_search(decoder: Decoder, vocabulary: Vocabulary, memory_BLD: Tensor, beams: int) -> Tensor:
+def beam_search(
+    decoder: Decoder,
+    vocabulary: Vocabulary,
+    memory_BLD: Tensor,
+    beams: int,
+    first: Sequence[int] = (),
+    lengths_B: Tensor | None = None,
+) -> Tensor:
     """Returns captions of the highest mean log-probability a token, by beam search: int64 [B, T], BOS … EOS PAD.
 
+    K hypotheses run. Of their continuations, one among the K best that ends is put aside, and the best K of these are
+    kept; a sample is done once its best running hypothesis has a lower mean than the K-th put aside. So is the search
+    of transformers' `generate` by its defaults (with `renormalize_logits`, and PAD and the first token suppressed).
+
     Args:
-        memory_BLD: [B, L, encoder width], the encoder's output.
-        beams: K, hypotheses kept for each image.
+        beams: K, hypotheses for each image. The rest as of `Writer`.
     """
-    length = len(decoder.position_embed)
     B, K, V = len(memory_BLD), beams, vocabulary.size
-    device = memory_BLD.device
-    memory = memory_BLD.repeat_interleave(K, dim=0)  # [B·K, L, D]
-    tokens = torch.full((B, K, length), vocabulary.pad, device=device)
-    tokens[..., 0] = vocabulary.bos
-    score_BK = torch.full((B, K), -torch.inf, device=device)
+    per_beam = None if lengths_B is None else lengths_B.repeat_interleave(K)
+    writer = Writer(decoder, vocabulary, memory_BLD.repeat_interleave(K, dim=0), first, per_beam)
+    running_BKT, aside_BKT = writer.empty(B, K), writer.empty(B, K)
+    mean_BK = torch.full((B, K), -torch.inf, device=memory_BLD.device)  # of those put aside
+    score_BK = mean_BK.clone()
     score_BK[:, 0] = 0.0  # all beams start alike: only the first one counts
-    done_BK = torch.zeros(B, K, dtype=torch.bool, device=device)
-    caches: list[Cache] = [{} for _ in decoder.blocks]
-    only_pad_V = torch.full((V,), -torch.inf, device=device).index_fill(
-        0, torch.tensor(vocabulary.pad, device=device), 0.0
-    )
-    for t in range(1, length):
-        logits = _next_logits(decoder, vocabulary, tokens[..., t - 1].flatten(), memory, caches)
-        step_BKV = logits.log_softmax(1).view(B, K, V)
-        step_BKV = torch.where(done_BK[..., None], only_pad_V, step_BKV)  # a finished one stays as it is
-        score_BK, choice_BK = (score_BK[..., None] + step_BKV).flatten(1).topk(K)
-        parent_BK, token_BK = choice_BK // V, choice_BK % V
-        tokens = tokens.gather(1, parent_BK[..., None].expand(-1, -1, length))
-        tokens[..., t] = token_BK
-        done_BK = done_BK.gather(1, parent_BK) | (token_BK == vocabulary.eos)
-        row = (parent_BK + K * torch.arange(B, device=device)[:, None]).flatten()  # [B·K]
-        for cache in caches:
-            grown = [name for name in cache if name != "memory_kv"]  # the image's are alike for all beams
-            cache.update({name: cache[name][row] for name in grown})
-        if done_BK.all():
+    open_B1 = torch.ones_like(score_BK[:, :1], dtype=torch.bool)
+    best_C = torch.arange(2 * K, device=memory_BLD.device) < K
+    for t in range(1, writer.length):
+        step_BKV = writer.logits(running_BKT.flatten(0, 1), t).log_softmax(1).view(B, K, V)
+        score_BC, choice_BC = (score_BK[..., None] + step_BKV).flatten(1).topk(2 * K)
+        longer_BCT = _rows(running_BKT, choice_BC // V)
+        longer_BCT[..., t] = choice_BC % V
+        ends_BC = (longer_BCT[..., t] == vocabulary.eos) | (t == writer.length - 1)
+        ended_BC = (score_BC / t).masked_fill(~(ends_BC & best_C & open_B1), -torch.inf)
+        mean_BK, kept_BK = torch.cat([mean_BK, ended_BC], dim=1).topk(K)
+        aside_BKT = _rows(torch.cat([aside_BKT, longer_BCT], dim=1), kept_BK)
+        score_BK, kept_BK = score_BC.masked_fill(ends_BC, -torch.inf).topk(K)
+        running_BKT = _rows(longer_BCT, kept_BK)
+        open_B1 &= score_BK[:, :1] / t > mean_BK[:, -1:]
+        if not open_B1.any():
             break
-    written_BK = (tokens != vocabulary.pad).sum(-1) - 1
-    best_B = (score_BK / written_BK).argmax(1)
-    return tokens[torch.arange(B, device=device), best_B]
+        first_row_B1 = K * torch.arange(B, device=memory_BLD.device)[:, None]
+        writer.reorder(((choice_BC // V).gather(1, kept_BK) + first_row_B1).flatten())
+    return aside_BKT[:, 0]
+
+
+def _rows(tokens_BNT: Tensor, index_BK: Tensor) -> Tensor:
+    """Returns [B, K, T], the hypotheses of these numbers."""
+    return tokens_BNT.gather(1, index_BK[..., None].expand(-1, -1, tokens_BNT.shape[2]))
 
 
 @torch.inference_mode()

@@ -18,7 +18,10 @@ from mug.model.activation_checkpointing import checkpointed, recomputing_linear
 from mug.model.presets import TextDecoderConfig, Vocabulary
 from mug.model.vit import NORM_EPS, LayerNorm, Mlp
 
-Cache = dict[str, Tensor]  # keys and values of one layer, [B, tokens so far, H, D/H]
+# Of one layer: keys `k` and values `v`, [B, tokens so far, H, D/H], those of the image, and where the images are padded
+# their lengths, int64 [B].
+Cache = dict[str, Tensor]
+MEMORY_LENGTHS = "memory_lengths"
 
 
 class Packing(NamedTuple):
@@ -128,7 +131,8 @@ class CrossAttention(nn.Module):
         if cache is not None:
             cache["memory_kv"] = kv
         if packing is None:
-            return self.proj(attention_kv(q, kv).flatten(-2))
+            lengths_B = None if cache is None else cache.get(MEMORY_LENGTHS)
+            return self.proj(attention_kv(q, kv, kv_lengths=lengths_B).flatten(-2))
         starts = {"cu_seqlens_q": packing.starts, "cu_seqlens_k": packing.memory_starts}
         longest = {"max_seqlen_q": packing.longest, "max_seqlen_k": packing.longest_memory}
         kv = kv.reshape(-1, *kv.shape[-3:])  # of images of one size, or packed as it is

@@ -205,6 +205,48 @@ class Captions(Protocol):
 
 
 @runtime_checkable
+class CaptionsInLanguages(Captions, Protocol):
+    """Writes captions in several languages."""
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Returns the languages that it writes in; empty where its tokenizer has no tokens of languages."""
+
+    def caption(self, image_BCHW: Tensor, beams: int = 1, language: int = 0) -> Tensor:
+        """Returns captions in the language of this number, int64 [B, T], BOS … EOS PAD."""
+
+
+@runtime_checkable
+class Translates(Protocol):
+    """Translates texts, with an image or without."""
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Returns the languages that it writes in."""
+
+    def check_translations(self) -> None:
+        """Raise ObjectiveError where this model's losses leave it unable to."""
+
+    def translate(
+        self, source_BT: Tensor, language: int, beams: int = 1, image_BCHW: Tensor | None = None
+    ) -> Tensor:
+        """Returns texts in the language of this number, int64 [B, T], BOS … EOS PAD; one beam is greedy.
+
+        Args:
+            source_BT: int64, BOS … EOS LANGUAGE PAD.
+            image_BCHW: uint8 [B, 3, H, W], an image of each text.
+        """
+
+
+@runtime_checkable
+class EmbedsSentences(Protocol):
+    """Embeds texts of different languages in one space."""
+
+    def embed_sentence(self, tokens_BT: Tensor) -> Tensor:
+        """Returns fp32 [B, E] of unit length, of int64 tokens [B, T], BOS … EOS LANGUAGE PAD."""
+
+
+@runtime_checkable
 class CaptionsVisible(Protocol):
     """Writes captions of the patches that a mask leaves visible."""
 

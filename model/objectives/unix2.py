@@ -8,7 +8,6 @@ sequences, F their states packed, K masked words, D width, E size of an embeddin
 """
 
 import copy
-import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -331,30 +330,51 @@ class UniX2(CoupledObjective):
     def embed_text(self, tokens_BT: Tensor) -> Tensor:
         return _unit(self.text_projection(self._read(tokens_BT)[1]))
 
+    def embed_sentence(self, tokens_BT: Tensor) -> Tensor:
+        """As CLCL does; of a model without it, as CMCL."""
+        project = self.sentence_projection if "clcl" in self.active else self.text_projection
+        return _unit(project(self._read(tokens_BT)[1]))
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        return self.vocabulary.languages
+
     def check_captions(self) -> None:
         if "vplm" not in self.active:
             raise ObjectiveError("the model never learned to write captions: its loss_weights.vplm is 0")
 
     def caption(self, image_BCHW: Tensor, beams: int = 1, language: int = 0) -> Tensor:
-        """Returns captions in a language of the vocabulary, by its number."""
         ids, B = self.vocabulary.language_ids, len(image_BCHW)
         nothing = [self.vocabulary.bos, self.vocabulary.eos, *ids[language : language + 1]]
         source_BT = torch.tensor(nothing, device=image_BCHW.device).expand(B, -1)
-        memory_BLD = self._memory(source_BT, self.encoder(image_BCHW))
-        return self._write(memory_BLD, ids[language] if ids else self.vocabulary.bos, beams)
+        memory_BLD, _ = self._memory(source_BT, self.encoder(image_BCHW))
+        return self._write(memory_BLD, language, beams)
 
-    def _memory(self, source_BT: Tensor, image_BLD: Tensor | None) -> Tensor:
-        """Returns [B, L', D], the fused states of texts of one length without padding."""
-        (B, T), L = source_BT.shape, 0 if image_BLD is None else image_BLD.shape[1]
-        lengths_B = torch.full((B,), T, device=source_BT.device)
-        row_F, _ = fused_rows(lengths_B, 0, L, B)
-        x_FD, _ = self._fuse(image_BLD, self._read(source_BT)[0], row_F, 1 + L + lengths_B)
-        return x_FD.unflatten(0, (B, -1))
+    def check_translations(self) -> None:
+        if not {"mt", "mmmt"} & {*self.active}:
+            raise ObjectiveError("the model never learned to translate: its loss_weights.mt and loss_weights.mmmt are 0")
 
-    def _write(self, memory_BLD: Tensor, first: int, beams: int) -> Tensor:
-        """Returns what the decoder writes after the token `first`: BOS … EOS PAD."""
-        vocabulary = dataclasses.replace(self.vocabulary, bos=first)
-        written_BT = write(self.decoder, vocabulary, memory_BLD, beams).clone()
+    def translate(
+        self, source_BT: Tensor, language: int, beams: int = 1, image_BCHW: Tensor | None = None
+    ) -> Tensor:
+        memory_BLD, lengths_B = self._memory(source_BT, None if image_BCHW is None else self.encoder(image_BCHW))
+        return self._write(memory_BLD, language, beams, lengths_B)
+
+    def _memory(self, source_BT: Tensor, image_BLD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns the fused states, [B, L', D] with padding after them, and how many each has, int64 [B]."""
+        B, L = len(source_BT), 0 if image_BLD is None else image_BLD.shape[1]
+        text_B = self._lengths(source_BT).clamp(min=1)
+        lengths_B = 1 + L + text_B
+        x_FD, _ = self._fuse(image_BLD, self._read(source_BT)[0], fused_rows(text_B, 0, L, B)[0], lengths_B)
+        kept_BL = torch.arange(int(lengths_B.max()), device=lengths_B.device) < lengths_B[:, None]
+        memory_BLD = x_FD.new_zeros(*kept_BL.shape, x_FD.shape[1])
+        memory_BLD[kept_BL] = x_FD
+        return memory_BLD, lengths_B
+
+    def _write(self, memory_BLD: Tensor, language: int, beams: int, lengths_B: Tensor | None = None) -> Tensor:
+        """Returns what the decoder writes in a language: BOS … EOS PAD."""
+        first = self.vocabulary.language_ids[language : language + 1]
+        written_BT = write(self.decoder, self.vocabulary, memory_BLD, beams, first, lengths_B).clone()
         written_BT[:, 0] = self.vocabulary.bos
         return written_BT
 

@@ -6,6 +6,7 @@ from plain import noisy
 from torch import nn
 from transformers import MBartConfig, MBartForConditionalGeneration
 
+from mug.model.generate import beam_search, greedy
 from mug.model.interchange import load_mbart
 from mug.model.multilingual import MultilingualConfig
 from mug.model.objectives.objective import Context
@@ -27,15 +28,32 @@ def make(**sizes: int) -> UniX2:
     return UniX2(resolve(MultilingualConfig(**SIZES | sizes)), Context(vocabulary=vocabulary))
 
 
-@pytest.fixture(scope="module")
-def mbart() -> MBartForConditionalGeneration:
+def make_mbart(**options: object) -> MBartForConditionalGeneration:
     layers = {"encoder_layers": LAYERS, "decoder_layers": LAYERS}
     heads = {"encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS}
     wide = {"encoder_ffn_dim": 4 * WIDTH, "decoder_ffn_dim": 4 * WIDTH}
-    config = MBartConfig(
-        vocab_size=WORDS, d_model=WIDTH, max_position_embeddings=16, scale_embedding=True, **layers, **heads, **wide
-    )
-    return noisy(MBartForConditionalGeneration(config)).eval()
+    sizes = {"vocab_size": WORDS, "d_model": WIDTH, "max_position_embeddings": 16, **layers, **heads, **wide}
+    torch.manual_seed(0)
+    return noisy(MBartForConditionalGeneration(MBartConfig(scale_embedding=True, **sizes, **options))).eval()
+
+
+@pytest.fixture(scope="module")
+def mbart() -> MBartForConditionalGeneration:
+    return make_mbart()
+
+
+@pytest.fixture(scope="module")
+def opinionated() -> MBartForConditionalGeneration:
+    """One whose next words are far from uniform, and differ by place, so that texts end early and late."""
+    model = make_mbart(forced_eos_token_id=None)
+    with torch.no_grad():
+        model.model.decoder.embed_positions.weight.mul_(40)
+        for parameter in model.model.decoder.layers.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        words = model.model.shared.weight
+        words.add_(torch.randn_like(words), alpha=0.6)
+        model.model.decoder.layer_norm.bias.add_(2 * words[2] / words[2].norm())
+    return model
 
 
 @torch.no_grad()
@@ -51,6 +69,36 @@ def test_encoder_decoder_and_head_are_transformers(mbart):
     written = written._replace(memory_starts=packing.starts, longest_memory=SOURCE.shape[1])
     logits_RV = model.head(model.decoder(TARGET, states_RD, packing=written))
     assert (logits_RV - theirs.logits[TARGET != 1]).abs().max() < 1e-5
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("first, forced", [((6,), None), ((0, 6), 6)])
+@pytest.mark.parametrize("beams", [2, 4])
+def test_beams_are_transformers(opinionated, first, forced, beams):
+    """A language first, as mBART-25 begins with it or as mBART-50 forces it after its start; sources of any length."""
+    model, random = make(), torch.Generator().manual_seed(1)
+    load_mbart(model, opinionated.state_dict())
+    lengths = torch.randint(4, 8, (32,), generator=random)
+    place = torch.arange(7)
+    source = torch.randint(7, WORDS, (32, 7), generator=random).where(place < lengths[:, None], 1)
+    seen = source != 1
+    theirs = opinionated.generate(
+        input_ids=source,
+        attention_mask=seen,
+        num_beams=beams,
+        max_length=12,
+        decoder_start_token_id=first[0],
+        forced_bos_token_id=forced,
+        suppress_tokens=[1, first[0]],
+        renormalize_logits=True,
+    )
+    memory = torch.zeros(32, 7, WIDTH)
+    memory[seen] = model.text_encoder(source, pack(lengths, 7, 0))
+    ours = beam_search(model.decoder, model.vocabulary, memory, beams, first, lengths)
+    assert torch.equal(ours[:, : theirs.shape[1]], theirs) and (ours[:, theirs.shape[1] :] == 1).all()
+    assert (theirs[:, : len(first)] == torch.tensor(first)).all()
+    assert len((theirs != 1).sum(1).unique()) > 2, "they end early and late"
+    assert not torch.equal(greedy(model.decoder, model.vocabulary, memory, first, lengths), ours)
 
 
 def test_the_fusion_encoder_is_a_second_copy_of_the_encoder(mbart):

@@ -12,7 +12,14 @@ from mug.model import texts
 from mug.model.captioning import masked_language
 from mug.model.keyed_random import MISMATCH, SPLIT, random_bits
 from mug.model.multilingual import MultilingualConfig
-from mug.model.objectives.objective import Captions, Context, EmbedsPairs, ObjectiveError
+from mug.model.objectives.objective import (
+    CaptionsInLanguages,
+    Context,
+    EmbedsPairs,
+    EmbedsSentences,
+    ObjectiveError,
+    Translates,
+)
 from mug.model.objectives.unix2 import TASKS, UniX2
 from mug.model.presets import Vocabulary, resolve
 
@@ -216,7 +223,7 @@ def test_captions_are_written_as_they_were_learned(languages):
     model = noisy(make())
     if not languages:
         model.vocabulary = Vocabulary(30, pad=0, bos=1, eos=2, mask=3)
-    assert isinstance(model, Captions) and isinstance(model, EmbedsPairs)
+    assert isinstance(model, CaptionsInLanguages) and isinstance(model, EmbedsPairs)
     image, p = batch_at("pairs", [1, 2, 3])["image"], parameters(model)
     first = [4, 5] if languages else [1, 1]
     for language in (0, 1):
@@ -230,6 +237,50 @@ def test_captions_are_written_as_they_were_learned(languages):
             logits[:, [0, first[language]]] = -torch.inf  # never written
             assert written[0] == 1 and written[1:] == logits.argmax(1).tolist()
     assert model.caption(image, beams=3).shape == (3, 14)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("images", [True, False])
+def test_translations_of_any_length_are_those_of_each_alone(images):
+    """The decoder sees an own text, and no padding; the words have the highest logits, all read at once."""
+    model, batch = noisy(make()), batch_at("image_bitext", [1, 2, 3, 4])
+    assert isinstance(model, Translates) and model.languages == ("en", "de")
+    p, image = parameters(model), batch["image"] if images else None
+    lengths = [len(tokens_of(row)) for row in batch["source"]]
+    assert len(set(lengths)) > 2
+    translated = model.translate(batch["source"], 1, image_BCHW=image)
+    for i, row in enumerate(translated):
+        pixels = encode(p, model, batch["image"][i]) if images else None
+        memory = oracle.fuse(p, pixels, oracle.read(p, batch["source"][i, : lengths[i]]))
+        written = tokens_of(row)
+        x = oracle.words(p, "decoder", torch.tensor([5, *written[1:-1]]))
+        logits = oracle.norm(p, "decoder.norm", oracle.block(p, "decoder.blocks.0", x, True, memory))
+        logits = logits @ p["head.weight"].T
+        logits[:, [0, 5]] = -torch.inf
+        assert written[0] == 1 and written[1:] == logits.argmax(1).tolist()
+        for beams in (1, 3):
+            alone = model.translate(
+                batch["source"][i : i + 1, : lengths[i]], 1, beams, None if image is None else image[i : i + 1]
+            )
+            assert torch.equal(model.translate(batch["source"], 1, beams, image)[i], alone[0])
+
+
+def test_a_model_without_translation_says_so():
+    with pytest.raises(ObjectiveError, match=r"never learned to translate: its loss_weights.mt and loss_weights.mmmt"):
+        make(("cmcl", "vplm")).check_translations()
+    make(("mmmt",)).check_translations()
+
+
+@torch.no_grad()
+def test_sentences_are_embedded_as_their_loss_does():
+    model, batch = noisy(make()), batch_at("bitext", [2, 3, 4])
+    assert isinstance(model, EmbedsSentences)
+    features, _ = model.features(batch)
+    torch.testing.assert_close(model.embed_sentence(batch["source"]), features["source"])
+    target = texts.as_source(batch["target"], VOCABULARY)
+    torch.testing.assert_close(model.embed_sentence(target), features["target"])
+    without = noisy(make(("cmcl",)))
+    assert torch.equal(without.embed_sentence(batch["source"]), without.embed_text(batch["source"]))
 
 
 @torch.no_grad()

@@ -86,17 +86,20 @@ def test_as_many_beams_as_captions_find_the_best_of_all(sharp, seed):
 
 def beams_by_hand(model, memory, beams: int) -> list[int]:
     """One image's caption: lists of (tokens, log-probability), the whole caption run through the model at each step."""
-    hypotheses = [([model.vocabulary.bos], 0.0)]
-    for _ in range(model.config.text_length - 1):
+    running, aside, last = [([model.vocabulary.bos], 0.0)], [], model.config.text_length - 1
+    for t in range(1, last + 1):
         longer = []
-        for tokens, log_p in hypotheses:
-            if tokens[-1] == model.vocabulary.eos:
-                longer.append((tokens, log_p))
-                continue
+        for tokens, log_p in running:
             step_V = step_log_p(model, torch.tensor([tokens]), memory)[0, -1]
             longer += [([*tokens, token], log_p + step.item()) for token, step in enumerate(step_V)]
-        hypotheses = sorted(longer, key=lambda hypothesis: -hypothesis[1])[:beams]
-    return max(hypotheses, key=lambda hypothesis: hypothesis[1] / (len(hypothesis[0]) - 1))[0]
+        longer = sorted(longer, key=lambda one: -one[1])[: 2 * beams]
+        ends = [tokens[-1] == model.vocabulary.eos or t == last for tokens, _ in longer]
+        aside += [(log_p / t, tokens) for (tokens, log_p), end in zip(longer[:beams], ends, strict=False) if end]
+        aside = sorted(aside, reverse=True)[:beams]
+        running = [one for one, end in zip(longer, ends, strict=True) if not end][:beams]
+        if len(aside) == beams and (not running or running[0][1] / t <= aside[-1][0]):
+            break
+    return aside[0][1]
 
 
 @torch.inference_mode()
