@@ -159,7 +159,9 @@ def write_languages(
     known = objective.languages if isinstance(objective, CaptionsInLanguages) else ()
     if unknown := [one for one in languages if one not in known]:
         writes = f"it writes in {', '.join(known) or 'no language of choice'}"
-        raise RunError(f"--languages: objective {name_of(type(objective))} does not write in {', '.join(unknown)}; {writes}")
+        raise RunError(
+            f"--languages: objective {name_of(type(objective))} does not write in {', '.join(unknown)}; {writes}"
+        )
     objective.check_captions()
     data = replace(pairs_of(found), language=",".join(languages))
     shown = read_pairs(options, data, objective.config.image_size)

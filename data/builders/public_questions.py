@@ -94,9 +94,7 @@ def _samples(
             yield Sample(key, image.read_bytes(), image.suffix[1:].lower(), captions.get(ENGLISH, ""), meta)
 
 
-def _joined(
-    by_language: dict[str, Path], read: Reader, left_out: LeftOut
-) -> dict[str, tuple[Asked, dict[str, str]]]:
+def _joined(by_language: dict[str, Path], read: Reader, left_out: LeftOut) -> dict[str, tuple[Asked, dict[str, str]]]:
     """Returns id → question of the first language that has it, English before others, and its texts by language."""
     found: dict[str, tuple[Asked, dict[str, str]]] = {}
     for language in sorted(by_language, key=lambda one: (one != ENGLISH, one)):
@@ -112,7 +110,9 @@ def _joined(
                 else:
                     found[name] = first, captions | {language: text}
         except OSError as error:
-            raise DataError(f"'{path}' cannot be read ({error.strerror}): docs/transfer.md says what is needed") from error
+            raise DataError(
+                f"'{path}' cannot be read ({error.strerror}): docs/transfer.md says what is needed"
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"'{path}' is damaged ({error!r}): fetch it again") from error
     return found

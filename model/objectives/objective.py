@@ -227,9 +227,7 @@ class Translates(Protocol):
     def check_translations(self) -> None:
         """Raise ObjectiveError where this model's losses leave it unable to."""
 
-    def translate(
-        self, source_BT: Tensor, language: int, beams: int = 1, image_BCHW: Tensor | None = None
-    ) -> Tensor:
+    def translate(self, source_BT: Tensor, language: int, beams: int = 1, image_BCHW: Tensor | None = None) -> Tensor:
         """Returns texts in the language of this number, int64 [B, T], BOS … EOS PAD; one beam is greedy.
 
         Args:

@@ -352,11 +352,11 @@ class UniX2(CoupledObjective):
 
     def check_translations(self) -> None:
         if not {"mt", "mmmt"} & {*self.active}:
-            raise ObjectiveError("the model never learned to translate: its loss_weights.mt and loss_weights.mmmt are 0")
+            raise ObjectiveError(
+                "the model never learned to translate: its loss_weights.mt and loss_weights.mmmt are 0"
+            )
 
-    def translate(
-        self, source_BT: Tensor, language: int, beams: int = 1, image_BCHW: Tensor | None = None
-    ) -> Tensor:
+    def translate(self, source_BT: Tensor, language: int, beams: int = 1, image_BCHW: Tensor | None = None) -> Tensor:
         memory_BLD, lengths_B = self._memory(source_BT, None if image_BCHW is None else self.encoder(image_BCHW))
         return self._write(memory_BLD, language, beams, lengths_B)
 

@@ -42,7 +42,11 @@ def packages(tmp_path) -> Path:
         CAT: entry("cat face", "pet", "meow", "red"),
         HAND: entry("waving hand", "wave"),
     }
-    german = {APPLE: entry("roter Apfel", "Frucht", "rot"), DOG: entry("Hund", "Tier", "rot"), CAT: entry("Katze", "Tier")}
+    german = {
+        APPLE: entry("roter Apfel", "Frucht", "rot"),
+        DOG: entry("Hund", "Tier", "rot"),
+        CAT: entry("Katze", "Tier"),
+    }
     folder = cldr(tmp_path / "npm", {"en": english, "de": german}, {"en": {DARK_HAND: entry("dark hand", "wave")}})
     listed = [{"codes": f"{ord(one):X}", "subgroup": subgroup} for one, subgroup in SUBGROUPS.items()]
     pack(folder, "emoji.json-16.0.0", {"emoji.json": json.dumps(listed)})
@@ -189,7 +193,9 @@ def test_xgqa(tmp_path):
     photos(tmp_path, "n1", "7")
     question = {"question": "Is it red?", "imageId": "n1", "answer": "yes", "fullAnswer": "Yes, it is."}
     splits = {
-        "train_balanced_questions": {"05": question | {"imageId": "7", "question": "What is it?", "answer": "snow pants"}},
+        "train_balanced_questions": {
+            "05": question | {"imageId": "7", "question": "What is it?", "answer": "snow pants"}
+        },
         "testdev_balanced_questions_en": {"20": question},
         "testdev_balanced_questions_de": {"20": question | {"question": "Ist es rot?"}},
     }

@@ -37,7 +37,9 @@ def shard(path: Path, count: int, change: dict[int, dict] | None = None) -> str:
     members = []
     for i in range(count):
         Image.new("RGB", (20, 20), (10 * i,) * 3).save(buffer := io.BytesIO(), "PNG")
-        meta = {"label": LABELS[i % 2], "captions": {one: asked(one, i) for one in LANGUAGES}} | (change or {}).get(i, {})
+        meta = {"label": LABELS[i % 2], "captions": {one: asked(one, i) for one in LANGUAGES}} | (change or {}).get(
+            i, {}
+        )
         members += [(f"{i:04d}.json", json.dumps(meta).encode()), (f"{i:04d}.png", buffer.getvalue())]
     write_tar(path, members)
     return str(path)

@@ -283,3 +283,13 @@ def test_few_captions_are_reported_with_the_columns(tmp_path):
     assert [pair["txt"] for pair in read(tmp_path / "named").values()] == [b"a", b"b", b"c"]
     done = build("parquet", path, "--out", tmp_path / "none", "--caption", "title")
     assert done.returncode == 2 and "in.parquet' has no text in a column 'title'" in done.stderr
+
+
+def test_questions_and_the_list_of_their_answers(tmp_path):
+    done = build("scene-questions", "--out", tmp_path / "out", "--most", "12")
+    assert done.returncode == 0, done.stderr
+    train, held_out = read(tmp_path / "out"), read(tmp_path / "out", "held_out")
+    assert len(train) == len(held_out) == 12
+    assert all(key.startswith("train/") for key in train) and all(key.startswith("held_out/") for key in held_out)
+    labels = sorted({json.loads(pair["json"])["label"] for pair in train.values()})
+    assert (tmp_path / "out" / "labels.txt").read_text().splitlines() == labels
