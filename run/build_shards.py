@@ -37,8 +37,8 @@ from mug.data.builders.openclipart import find_openclipart, openclipart_pairs
 from mug.data.builders.openmoji import openmoji_pairs
 from mug.data.builders.oxygen import oxygen_pairs
 from mug.data.builders.papirus import papirus_pairs
-from mug.data.builders.raw_pairs import folder_pairs, parquet_pairs, prepared, seen_in_parquet
 from mug.data.builders.public_questions import xgqa_samples, xvnli_samples
+from mug.data.builders.raw_pairs import folder_pairs, parquet_pairs, prepared, seen_in_parquet
 from mug.data.builders.scene_questions import scene_question_samples
 from mug.data.builders.shuffled import shuffled_pairs
 from mug.data.builders.statements import read_drawings, statement_samples

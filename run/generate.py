@@ -9,7 +9,7 @@ python run/generate.py runs/unix2 --languages en,de,ja --limit 2   # captions in
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from mug.data.config import DataConfig
 from mug.data.crops import CentralSquare
 from mug.data.decode import decode_crop
 from mug.data.errors import DataError
-from mug.data.tokenizer import Tokenizer
 from mug.model.objectives.objective import CaptionsInLanguages, Objective, Reconstructs, name_of
 from mug.run.cluster import hardware
 from mug.run.common.command_line import Parser, check_min
@@ -59,7 +58,9 @@ def main(console: Console) -> None:
     console.info(f"reading {options.checkpoint}")
     objective, tokenizer, found = restore(Path(options.checkpoint), console.warn)
     if options.languages:
-        write_languages(options, objective, tokenizer, found, console)
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "languages.svg", in_languages(options, objective, tokenizer, found))
+        console.info(str(out / "languages.svg"))
         return
     check_pictured(objective)
     images, true = read_inputs(options, pairs_of(found), objective.config.image_size)
@@ -147,10 +148,8 @@ def read_image(path: Path, size: int) -> np.ndarray:
         raise DataError(f"{path}: {error}") from error
 
 
-def write_languages(
-    options: Namespace, objective: Objective, tokenizer: Tokenizer | None, found: Checkpoint, console: Console
-) -> None:
-    """Write languages.svg: the images with captions in each of the languages, next to true ones.
+def in_languages(options: Namespace, objective: Any, tokenizer: Any, found: Checkpoint) -> str:
+    """Returns an SVG of the images with captions in each of the languages, next to true ones.
 
     Raises:
         RunError: the objective does not write in one of them.
@@ -176,11 +175,8 @@ def write_languages(
         )
         for i, one in enumerate(shown)
     ]
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
     title = f"{found.folder.parent.name}, step {found.step}: captions in {', '.join(languages)}"
-    write_whole(out / "languages.svg", draw_languages(pictures, title))
-    console.info(f"{len(pictures)} images, {out / 'languages.svg'}")
+    return draw_languages(pictures, title)
 
 
 def what_is_shown(objective: Objective) -> str:

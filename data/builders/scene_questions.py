@@ -1,10 +1,10 @@
 """Questions about pictures of one or two of OpenMoji's drawings, in four languages: a stand-in of xGQA.
 
-The pictures are composed as those of openmoji_compositions.py, and so is the split: no two things that a held-out picture
-shows together are together in a training one. "Is this in the picture: red apple?", "How many things are in the
+The pictures are composed as those of openmoji_compositions.py, and so is the split: no two things that a held-out
+picture shows together are together in a training one. "Is this in the picture: red apple?", "How many things are in the
 picture?", "What is left of this: pizza?", "Is this at the top or at the bottom: owl?": the answers are in English. The
-names in the questions are Unicode's, in each language; so that they fit into sentences of any language as they are,
-they follow a colon. The same packages, the same bytes.
+names in the questions are Unicode's, in each language; they follow a colon, so that they fit into the sentences as they
+are. The same packages, the same bytes.
 """
 
 import io

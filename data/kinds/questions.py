@@ -78,7 +78,7 @@ class Questions(ImageSamples):
         if label == NO_LABEL and self.order is not None:
             raise BadSample("an answer that is none of data.labels")
         language, text = self.text_in_turn(place, parts)
-        return {**self.pixels(place, parts[0]), "tokens": self.encode(text, language), "label": np.int64(label)}
+        return {**self.pixels(place, parts[0]), "tokens": self.encode(text, language), "label": np.array(label)}
 
     def question(self, number: int, languages: tuple[str, ...]) -> Question:
         """Returns a row by its number, in those of the languages that it has.
@@ -134,6 +134,7 @@ def open_train(config: QuestionsConfig, seed: int, shape: Shape) -> Questions:
     questions = _questions(
         config, shape, shards, shards.train_view(config, seed, tuple(config.crop_scale), config.flip)
     )
+    assert questions.tokenizer is not None
     report_added(questions.tokenizer)
     return questions
 

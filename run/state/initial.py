@@ -77,7 +77,7 @@ def _part_weights(path: Path, part: str, option: str, warn: Callable[[str], None
         found = find(path, warn)
         trained = model_of(found.manifest)
         load_weights(trained, SavedState(found.folder))
-        return _parameters(trained, part)
+        return {name: parameter.detach() for name, parameter in _parameters(trained, part).items()}
     if not path.exists():
         raise RunError(f"{option} {path}: no such file or folder; name a run, a checkpoint or a file of weights")
     state = {name.removeprefix(f"{part}."): value for name, value in read_state(path, warn).items()}

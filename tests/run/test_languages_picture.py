@@ -9,7 +9,6 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from evaluation import quiet_console
 from PIL import Image
 
 from mug.data.builders.unigram_training import train_unigram
@@ -67,7 +66,7 @@ class Writes(torch.nn.Module):
 
 def options(folder: Path, languages: str) -> SimpleNamespace:
     own = {"inputs": [str(folder / "a.tar"), str(folder / "photo.png")], "cache": str(folder / "cache")}
-    return SimpleNamespace(**own, limit=4, beams=1, out=str(folder / "out"), languages=languages)
+    return SimpleNamespace(**own, limit=4, beams=1, languages=languages)
 
 
 def test_images_with_captions_in_languages(tmp_path, monkeypatch):
@@ -78,13 +77,12 @@ def test_images_with_captions_in_languages(tmp_path, monkeypatch):
     (tmp_path / "photo.png").write_bytes(buffer.getvalue())
     write_tar(tmp_path / "a.tar", [("a.json", json.dumps({"captions": NAMES}).encode()), ("a.png", buffer.getvalue())])
     monkeypatch.setattr(generate, "pairs_of", lambda found: DataConfig())
-    found, lines = SimpleNamespace(folder=tmp_path / "run" / "checkpoint-3", step=3), []
+    found = SimpleNamespace(folder=tmp_path / "run" / "checkpoint-3", step=3)
     model = Writes(tokenizer)
-    generate.write_languages(options(tmp_path, "en, ja"), model, tokenizer, found, quiet_console(lines))
-    svg = (tmp_path / "out" / "languages.svg").read_text(encoding="utf-8")
+    svg = generate.in_languages(options(tmp_path, "en, ja"), model, tokenizer, found)
     texts = texts_of(svg)
     assert svg.count("<image ") == 2 and "run, step 3: captions in en, ja" in svg
     assert texts["red apple"] == "#1f2328" and texts["赤リンゴ"] == "#5f6771", "that of Japanese is English"
     assert svg.count('fill="#0a7d33"') == 1, "of the pair; the photo has no true caption"
     with pytest.raises(RunError, match="does not write in fr; it writes in de, en, ja"):
-        generate.write_languages(options(tmp_path, "en,fr"), model, tokenizer, found, quiet_console())
+        generate.in_languages(options(tmp_path, "en,fr"), model, tokenizer, found)
