@@ -109,7 +109,7 @@ def by_language(
     """
     main = _strings(decode(text[:MAX_TEXT]).split(SEPARATOR))
     # Most pairs have their one caption in the .txt, and a json without `captions` is not worth parsing.
-    meta = _parse(json_text, needed=not main) if not main or b'"captions"' in json_text else {}
+    meta = parse_json(json_text, needed=not main) if not main or b'"captions"' in json_text else {}
     main = main or in_json(meta)
     captions = meta.get("captions")
     captions = captions if isinstance(captions, dict) else {}
@@ -126,7 +126,7 @@ def parts(json_text: bytes, languages: tuple[str, ...]) -> dict[str, list[str]]:
 
     `parts[language]` holds them: {"parts": {"en": {"nouns": ["cake", "owl"], "relations": ["above"]}}}.
     """
-    by_language = _parse(json_text, needed=False).get("parts") if b'"parts"' in json_text else None
+    by_language = parse_json(json_text, needed=False).get("parts") if b'"parts"' in json_text else None
     by_language = by_language if isinstance(by_language, dict) else {}
     found = next((by_language[one] for one in languages if isinstance(by_language.get(one), dict)), {})
     return {str(kind): _strings(phrases) for kind, phrases in found.items()}
@@ -146,7 +146,7 @@ def _strings(value: object) -> list[str]:
     return [caption for caption in cleaned if caption]
 
 
-def _parse(json_text: bytes, needed: bool) -> dict:
+def parse_json(json_text: bytes, needed: bool) -> dict:
     """Returns the json's object; {} where it holds none, or cannot be parsed and is not `needed`."""
     if not json_text:
         return {}
@@ -163,7 +163,7 @@ def _parse(json_text: bytes, needed: bool) -> dict:
 
 def languages_in(text: bytes, json_text: bytes) -> set[str]:
     """Returns the languages in which a pair has a caption; arguments as of `choose`."""
-    meta = _parse(json_text, needed=False)
+    meta = parse_json(json_text, needed=False)
     by_language = meta.get("captions")
     by_language = by_language if isinstance(by_language, dict) else {}
     found = {language for language, value in by_language.items() if _strings(value)}

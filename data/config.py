@@ -86,6 +86,8 @@ class TextConfig(FetchConfig):
             raise DataError(f"data.exponent is {self.exponent}: give 0 to 1")
         if self.workers < 0:
             raise DataError(f"data.workers is {self.workers}: give 0 or more")
+        if self.text_length is not None and self.text_length < 1:
+            raise DataError(f"data.text_length is {self.text_length}: give 1 or more, or leave it out")
         for name in ("max_bad_fraction", "max_bad_fraction_in_shard"):
             if not 0 <= getattr(self, name) <= 1:
                 raise DataError(f"data.{name} is {getattr(self, name)}: give 0 to 1")

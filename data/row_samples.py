@@ -86,7 +86,6 @@ class RowSamples:
 
     kind: ClassVar[str]
     parts: ClassVar[tuple[str, ...]] = PARTS
-    class_names: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
         framing = 2 if self.tokenizer is None or not self.tokenizer.languages else 3
@@ -104,6 +103,11 @@ class RowSamples:
     def order(self) -> Order | LanguageOrder | None:
         """Returns the order of training, None where positions number the rows themselves."""
         return self.view.order
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Returns the names of the labels, where there are some."""
+        return ()
 
     def __len__(self) -> int:
         """Returns the number of samples in the shards."""
@@ -185,6 +189,17 @@ class RowSamples:
         if not found:
             raise BadSample(f"no text in data.language {','.join(self.languages)}")
         return found
+
+    def text_in_turn(self, place: Place, parts: Parts) -> tuple[str, str]:
+        """Returns a text of a row, in the language whose turn it is, after that language.
+
+        Raises:
+            BadSample: it has none in any of them.
+        """
+        found = self.wanted_texts(place, parts)
+        language = list(found)[self.view.turn(place.epoch, self.reader.index.key(place.shard, place.row)) % len(found)]
+        texts = found[language]
+        return language, texts[int(self.view.caption(place.epoch, place.position) * len(texts))]
 
     def encode(self, text: str, language: str) -> np.ndarray:
         """Returns int64 [T]: BOS, the text, EOS, and where the tokenizer has languages, that of the text; then PAD.

@@ -36,8 +36,8 @@ XLMR_BASE = _sizes(768, 12, 6, 256, 256, "xlmr")  # of the variant in table 4 of
 
 
 @dataclass(frozen=True)
-class MultilingualConfig(TextConfig):
-    """Sizes of the parts that read and write text.
+class FusionConfig(TextConfig):
+    """Sizes of the parts that read text, and text with an image.
 
     Args:
         preset: tiny, small, base, large or huge, whose texts are mBART's; or base-xlmr, whose text and fusion encoder
@@ -46,10 +46,6 @@ class MultilingualConfig(TextConfig):
         text_length: tokens of a text, BOS, EOS and language included.
         text_layers: blocks of the text encoder.
         fusion_layers: blocks of the fusion encoder.
-        decoder_layers: blocks of the decoder.
-        embedding_width: size of the joint embedding.
-        itm_negatives: which texts do not match an image, drawn from the group: at random, or hard (those that CMCL
-            finds near, by the softmax of its similarities).
     """
 
     own_sizes: ClassVar[dict[str, dict[str, Any]]] = {
@@ -64,14 +60,31 @@ class MultilingualConfig(TextConfig):
     text_model: Literal["mbart", "xlmr"] = FROM_PRESET
     text_layers: int = FROM_PRESET
     fusion_layers: int = FROM_PRESET
+
+    def check(self) -> None:
+        super().check()
+        at_least(self, 1, "text_layers", "fusion_layers")
+        at_least(self, 4, "text_length")  # BOS, a word, EOS and language
+
+
+@dataclass(frozen=True)
+class MultilingualConfig(FusionConfig):
+    """Sizes of the parts that read and write text.
+
+    Args:
+        decoder_layers: blocks of the decoder.
+        embedding_width: size of the joint embedding.
+        itm_negatives: which texts do not match an image, drawn from the group: at random, or hard (those that CMCL
+            finds near, by the softmax of its similarities).
+    """
+
     decoder_layers: int = FROM_PRESET
     embedding_width: int = FROM_PRESET
     itm_negatives: Literal["random", "hard"] = "random"
 
     def check(self) -> None:
         super().check()
-        at_least(self, 1, "text_layers", "fusion_layers", "decoder_layers", "embedding_width")
-        at_least(self, 4, "text_length")  # BOS, a word, EOS and language
+        at_least(self, 1, "decoder_layers", "embedding_width")
 
 
 class WordEmbed(nn.Module):
@@ -108,7 +121,7 @@ class PostNormBlock(TextBlock):
 
 
 class MultilingualEncoder(nn.Module):
-    def __init__(self, config: MultilingualConfig, head: CaptionHead):
+    def __init__(self, config: FusionConfig, head: CaptionHead):
         super().__init__()
         # A target has no BOS; as a source it is one token longer.
         self.words = WordEmbed(head.weight, config.text_length + 1, config.text_model)
@@ -128,7 +141,7 @@ class FusionEncoder(nn.Module):
     `MM_CLS`, the first, stands for the pair (section 3.2.2 of UniX²). A sequence may lack the image.
     """
 
-    def __init__(self, config: MultilingualConfig):
+    def __init__(self, config: FusionConfig):
         super().__init__()
         width = config.text_width
         self.cls_D = nn.Parameter(0.02 * torch.randn(width))
@@ -231,7 +244,7 @@ class MaskedHead(nn.Module):
         return self.norm(nn.functional.gelu(self.transform(x_KD)))
 
 
-def _encoder_blocks(config: MultilingualConfig, layers: int) -> tuple[nn.ModuleList, nn.Module]:
+def _encoder_blocks(config: FusionConfig, layers: int) -> tuple[nn.ModuleList, nn.Module]:
     """Returns blocks of an encoder, and the norm after the last."""
     post_norm = config.text_model == "xlmr"
     kind = PostNormBlock if post_norm else TextBlock

@@ -15,9 +15,13 @@ python run/build_shards.py debian-descriptions lists --out shards --format parqu
 python run/build_shards.py libreoffice-help packages --out shards --format parquet     # gimp-help-texts likewise
 python run/build_shards.py gimp-help packages --out shards     # apt-get download gimp-help-en, -de; dpkg-deb -x each
 python run/build_shards.py flags packages --out shards         # npm pack flag-icons cldr-localenames-full
+python run/build_shards.py statements packages --out shards    # as for cldr, and npm pack emoji.json
+python run/build_shards.py scene-questions --out shards        # about pictures of one or two drawings
+python run/build_shards.py xvnli FOLDER --out shards           # XVNLI, or xgqa, as they are published
 
 Writes train-00000.tar and so on, held_out-00000.tar and so on, and NNNNN_stats.json next to each; of multi30k, whose
-splits have names, files named by these.
+splits have names, files named by these; of questions with one answer each also labels.txt, the answers of the training
+split.
 """
 
 import itertools
@@ -44,13 +48,16 @@ from mug.data.builders.openclipart import find_openclipart, openclipart_pairs
 from mug.data.builders.openmoji import openmoji_pairs
 from mug.data.builders.oxygen import oxygen_pairs
 from mug.data.builders.papirus import papirus_pairs
+from mug.data.builders.public_questions import xgqa_samples, xvnli_samples
 from mug.data.builders.raw_pairs import folder_pairs, parquet_pairs, prepared, seen_in_parquet
+from mug.data.builders.scene_questions import scene_question_samples
 from mug.data.builders.shuffled import shuffled_pairs
+from mug.data.builders.statements import read_drawings, statement_samples
 from mug.data.builders.tatoeba import read_tatoeba
 from mug.data.builders.udhr import read_udhr
 from mug.data.builders.wesnoth_pictures import wesnoth_picture_pairs
 from mug.data.builders.wesnoth_units import wesnoth_unit_pairs
-from mug.data.builders.writers import Sample, is_held_out, of_keys, write_shards
+from mug.data.builders.writers import Sample, is_held_out, of_keys, replacing, write_shards
 from mug.data.captions import LOST
 from mug.data.left_out import LeftOut
 from mug.run.common.command_line import Parser
@@ -72,6 +79,8 @@ def main(console: Console) -> None:
         samples = tally.counting(some)
         for path, count in write_shards(samples, out, f"{split}-", options.format, options.samples_per_shard):
             console.info(f"{path}  {count} pairs")
+        if split == "train" and options.kind in ANSWERED:
+            write_labels(out / "labels.txt", tally.labels, console)
     if not tally.pairs:
         raise RunError(f"{options.source or options.kind}: no images to write{left_out_line(left_out)}")
     for line in caption_warnings(tally, options):
@@ -145,9 +154,15 @@ KINDS: dict[str, Callable[[Any, str | None, LeftOut], Pairs]] = {
     "gimp-help": lambda source, caption, left_out: partial(gimp_help_pairs, read_gimp_help(source, left_out)),
     "gimp-help-texts": lambda source, caption, left_out: partial(of_pages, read_gimp_help_texts(source, left_out)),
     "flags": lambda source, caption, left_out: partial(flag_pairs, read_flags(source, left_out)),
+    "statements": lambda source, caption, left_out: partial(
+        statement_samples, read_drawings(source, left_out), left_out
+    ),
+    "scene-questions": lambda source, caption, left_out: scene_question_samples,
+    "xvnli": lambda source, caption, left_out: partial(xvnli_samples, source, left_out),
+    "xgqa": lambda source, caption, left_out: partial(xgqa_samples, source, left_out),
 }
 NEED_SOURCE = ("folder", "parquet", "shuffled", "cldr", "debian-descriptions", "udhr", "tatoeba", "multi30k")
-NEED_SOURCE += ("libreoffice-help", "gimp-help", "gimp-help-texts", "flags")
+NEED_SOURCE += ("libreoffice-help", "gimp-help", "gimp-help-texts", "flags", "statements", "xvnli", "xgqa")
 OWN_SPLITS = {"multi30k": multi30k_splits}  # kind → function of its source that returns their names
 CAPTION_NAMED = ("folder", "parquet")  # kinds whose captions have the name that --caption gives
 
@@ -189,33 +204,40 @@ def belongs_to_evaluation(key: str, split: str, share: float) -> bool:
     return split == "held_out"
 
 
-def belongs_by_name(key: str, split: str, share: float) -> bool:
-    """Whether the key begins with the name of this split."""
+def belongs_by_its_key(key: str, split: str, share: float) -> bool:
+    """Whether the sample of this key, SPLIT/…, is of this split; the share is its builder's."""
     return key.startswith(f"{split}/")
 
 
-DIVIDES = {
-    "fashion-mnist": belongs_officially,
-    "multi30k": belongs_by_name,
-    "tatoeba": belongs_to_evaluation,
-    "udhr": belongs_to_evaluation,
-}
+DIVIDES = {"fashion-mnist": belongs_officially}
+DIVIDES |= dict.fromkeys(("udhr", "tatoeba"), belongs_to_evaluation)
+DIVIDES |= dict.fromkeys(("multi30k", "scene-questions", "xvnli", "xgqa"), belongs_by_its_key)
+ANSWERED = ("statements", "scene-questions", "xvnli", "xgqa")  # kinds whose json has an answer as `label`
 
 
 @dataclass
 class Tally:
-    """The number of pairs written, of those with a caption, and the keys of those that lost letters."""
+    """The number of pairs written, of those with a caption, the keys of those that lost letters, and all labels."""
 
     pairs: int = 0
     captioned: int = 0
     undecoded: list[str] = field(default_factory=list)
+    labels: set[str] = field(default_factory=set)
 
     def counting(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         for sample in samples:
             self.pairs += 1
             self.captioned += bool(sample.caption)
             self.undecoded += [sample.key] * (LOST in sample.caption)
+            self.labels |= {label} if isinstance(label := sample.meta.get("label"), str) else set()
             yield sample
+
+
+def write_labels(path: Path, labels: set[str], console: Console) -> None:
+    """Write the answers, one a line, in alphabetical order."""
+    with replacing(path) as file:
+        file.write("".join(f"{label}\n" for label in sorted(labels)).encode())
+    console.info(f"{path}  {len(labels)} answers")
 
 
 def caption_warnings(tally: Tally, options: Namespace) -> Iterator[str]:

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Fine-tune an encoder end to end on labelled images, with MAE's recipe, on DeepSpeed.
+"""Fine-tune an encoder end to end on labelled images, with MAE's recipe, or on questions about images, on DeepSpeed.
 
     deepspeed run/finetune.py --deepspeed ds_configs/zero1.json --config run/recipes/classify/imagenet1k_base.yaml \
         --init runs/web200m_base --data.images imagenet
     python run/finetune.py --deepspeed ds_configs/zero1.json --init runs/NAME      # Fashion-MNIST
+    python run/finetune.py --deepspeed ds_configs/zero1.json --config run/recipes/answer/statements_tiny.yaml
 
 --init names a pre-training run, one of its checkpoints (written by any number of ranks, under any ZeRO stage), or a
 file in timm's, MAE's or transformers' layout; without it, training starts from scratch. The same command again resumes

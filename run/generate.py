@@ -3,22 +3,25 @@
 
 python run/generate.py runs/compositions_tiny                      # held-out pairs
 python run/generate.py runs/compositions_tiny photo.jpg shard.tar --beams 4 --out seen
+python run/generate.py runs/unix2 --languages en,de,ja --limit 2   # captions in languages, as languages.svg
 """
 
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jsonargparse import Namespace
 
 from mug.data.builders.image_files import is_image
+from mug.data.captions import by_language
 from mug.data.config import DataConfig
 from mug.data.crops import CentralSquare
 from mug.data.decode import decode_crop
 from mug.data.errors import DataError
-from mug.model.objectives.objective import Objective, Reconstructs, name_of
+from mug.model.objectives.objective import CaptionsInLanguages, Objective, Reconstructs, name_of
 from mug.run.cluster import hardware
 from mug.run.common.command_line import Parser, check_min
 from mug.run.common.console import Console, run_command
@@ -28,6 +31,7 @@ from mug.run.evaluators.held_out_pairs import PairReader, held_out_shards
 from mug.run.evaluators.pictures import check_pictured, draw_rows, writes_captions
 from mug.run.reporting.grid import Picture, draw_grid, to_image
 from mug.run.reporting.hero import draw_hero, marked
+from mug.run.reporting.languages import Captioned, draw_languages
 from mug.run.reporting.page import data_url, render
 from mug.run.reporting.records import correct_line, held_out_metrics
 from mug.run.state.checkpoint import Checkpoint
@@ -39,12 +43,25 @@ HERO_ROWS = 4
 log = logging.getLogger("mug")
 
 
+class Shown(NamedTuple):
+    """image: uint8 [3, S, S]. caption: "" where there is none. meta: its json, empty where there is none."""
+
+    image: np.ndarray
+    caption: str
+    meta: bytes
+
+
 def main(console: Console) -> None:
     options = parse()
     out = Path(options.out)
     check_writable(out, "--out")
     console.info(f"reading {options.checkpoint}")
     objective, tokenizer, found = restore(Path(options.checkpoint), console.warn)
+    if options.languages:
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "languages.svg", in_languages(options, objective, tokenizer, found))
+        console.info(str(out / "languages.svg"))
+        return
     check_pictured(objective)
     images, true = read_inputs(options, pairs_of(found), objective.config.image_size)
     image_BCHW = torch.from_numpy(np.stack(images)).to(hardware.device())
@@ -76,6 +93,9 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     parser.add_argument("--beams", type=int, default=4, help="beams, next to the greedy caption; 1 is greedy only")
     parser.add_argument("--limit", type=int, default=24, help="max images to show, spread over each shard")
     parser.add_argument("--cache", type=str | None, default=None, help="folder of the embedded default")
+    parser.add_argument(
+        "--languages", type=str | None, default=None, help="write captions in these, as en,de, and nothing else"
+    )
     options = parser.parse_args(arguments)
     check_min(options, {"beams": 1, "limit": 1}, "--")
     return options
@@ -89,31 +109,35 @@ def pairs_of(found: Checkpoint) -> DataConfig:
 
 
 def read_inputs(options: Namespace, data: DataConfig, size: int) -> tuple[list[np.ndarray], list[str]]:
-    """Returns uint8 [3, size, size] images and their captions ("" where there is none); without any inputs, those that
-    `data` holds out.
+    """Returns uint8 [3, size, size] images and their captions ("" where there is none); see `read_pairs`."""
+    pairs = read_pairs(options, data, size)
+    return [pair.image for pair in pairs], [pair.caption for pair in pairs]
+
+
+def read_pairs(options: Namespace, data: DataConfig, size: int) -> list[Shown]:
+    """Returns the inputs; without any, the pairs that `data` holds out.
 
     Raises:
         RunError: a file is missing.
         DataError: a file cannot be decoded; it is named.
     """
     data = replace(data, cache=options.cache or data.cache)
-    pairs: list[tuple[np.ndarray, str]] = []
+    pairs: list[Shown] = []
     for name in options.inputs or [held_out_shards(data)]:
         path = Path(name)
         if options.inputs and not path.is_file():
             raise RunError(f"{path}: no such file; give images or shards")
         if is_image(path.name):
-            pairs.append((read_image(path, size), ""))
+            pairs.append(Shown(read_image(path, size), "", b""))
         else:
             reader = PairReader.open(replace(data, shards=name), options.limit)
             found = reader.read(range(len(reader)), size)
-            pairs += [(pair.image, next(iter(pair.captions), "")) for pair in found]
+            pairs += [Shown(pair.image, next(iter(pair.captions), ""), pair.meta) for pair in found]
             for reason in reader.left_out:
                 log.warning("%s; left out", reason)
     if not pairs:
         raise RunError("none of the inputs holds a usable image; choose others")
-    images, true = zip(*pairs[: options.limit], strict=True)
-    return list(images), list(true)
+    return pairs[: options.limit]
 
 
 def read_image(path: Path, size: int) -> np.ndarray:
@@ -122,6 +146,37 @@ def read_image(path: Path, size: int) -> np.ndarray:
         return decode_crop(path.read_bytes(), size, CentralSquare())
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
+
+
+def in_languages(options: Namespace, objective: Any, tokenizer: Any, found: Checkpoint) -> str:
+    """Returns an SVG of the images with captions in each of the languages, next to true ones.
+
+    Raises:
+        RunError: the objective does not write in one of them.
+    """
+    languages = tuple(part.strip() for part in options.languages.split(","))
+    known = objective.languages if isinstance(objective, CaptionsInLanguages) else ()
+    if unknown := [one for one in languages if one not in known]:
+        writes = f"it writes in {', '.join(known) or 'no language of choice'}"
+        raise RunError(
+            f"--languages: objective {name_of(type(objective))} does not write in {', '.join(unknown)}; {writes}"
+        )
+    objective.check_captions()
+    data = replace(pairs_of(found), language=",".join(languages))
+    shown = read_pairs(options, data, objective.config.image_size)
+    image_BCHW = torch.from_numpy(np.stack([one.image for one in shown])).to(hardware.device())
+    with torch.inference_mode():
+        tokens = {one: objective.caption(image_BCHW, options.beams, known.index(one)) for one in languages}
+    pictures = [
+        Captioned(
+            to_image(image_BCHW[i]),
+            {one: tokenizer.decode(tokens_BT[i, 1:]) for one, tokens_BT in tokens.items()},
+            by_language(b"", one.meta, languages) if one.meta else {},
+        )
+        for i, one in enumerate(shown)
+    ]
+    title = f"{found.folder.parent.name}, step {found.step}: captions in {', '.join(languages)}"
+    return draw_languages(pictures, title)
 
 
 def what_is_shown(objective: Objective) -> str:

@@ -31,11 +31,7 @@ class Texts(RowSamples):
 
     def sample(self, place: Place, parts: Parts) -> Mapping[str, np.ndarray]:
         """Returns a text of the row, in the language whose turn it is."""
-        found = self.wanted_texts(place, parts)
-        key = self.reader.index.key(place.shard, place.row)
-        language = list(found)[self.view.turn(place.epoch, key) % len(found)]
-        texts = found[language]
-        text = texts[int(self.view.caption(place.epoch, place.position) * len(texts))]
+        language, text = self.text_in_turn(place, parts)
         return {"tokens": self.encode(text, language), "language": self.language_number(language)}
 
 

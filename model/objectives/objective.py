@@ -303,6 +303,15 @@ class TakesLanguageModel(Protocol):
         """
 
 
+@runtime_checkable
+class AnswersQuestions(Protocol):
+    """Answers questions about images."""
+
+    def answer(self, image_BCHW: Tensor, tokens_ST: Tensor) -> Tensor:
+        """Returns fp32 logits [S, K] over the answers, of uint8 images [B, 3, H, W] and int64 questions [S, T], S a
+        multiple of B: question s is about image s mod B."""
+
+
 # --- Found by file name -------------------------------------------------------------------------------------
 
 

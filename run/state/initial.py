@@ -65,7 +65,7 @@ def _load_part(model: Objective, part: str, path: str, warn: Callable[[str], Non
     """Fill the parameters of a part from the part of the same name of a run, or from a file of its state dict."""
     option = f"init.{part}"
     check_part(model, part, option)
-    mine = {name: p for name, p in model.named_parameters() if f"{name}.".startswith(f"{part}.")}
+    mine = _parameters(model, part)
     theirs = _part_weights(Path(path), part, option, warn)
     for name, parameter in mine.items():
         if name not in theirs:
@@ -78,14 +78,19 @@ def _load_part(model: Objective, part: str, path: str, warn: Callable[[str], Non
         raise RunError(f"{option} {path} holds {unknown[0]}, which this model does not have; change the section model")
 
 
+def _parameters(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
+    """Returns the parameters of a part by their names, those that it shares with other parts among them."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: parameter for name, parameter in named if f"{name}.".startswith(f"{part}.")}
+
+
 def _part_weights(path: Path, part: str, option: str, warn: Callable[[str], None]) -> dict[str, Tensor]:
     """Returns the parameters of a part by their names in the model."""
     if path.is_dir():
         found = find(path, warn)
         trained = model_of(found.manifest)
         load_weights(trained, SavedState(found.folder))
-        state = {name: value.detach() for name, value in trained.named_parameters()}
-        return {name: value for name, value in state.items() if f"{name}.".startswith(f"{part}.")}
+        return {name: parameter.detach() for name, parameter in _parameters(trained, part).items()}
     if not path.exists():
         raise RunError(f"{option} {path}: no such file or folder; name a run, a checkpoint or a file of weights")
     state = {name.removeprefix(f"{part}."): value for name, value in read_state(path, warn).items()}

@@ -394,6 +394,7 @@ MUTABLE_ON_RESUME = (
     "data.shards",
     "data.held_out",
     "data.tokenizer",
+    "data.labels",
     "data.cache",
     "data.workers",
     "data.remote",

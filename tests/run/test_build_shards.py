@@ -312,3 +312,13 @@ def test_tatoeba_is_for_evaluation(tmp_path):
     (row,) = pyarrow.parquet.read_table(path).to_pylist()
     assert path.name == "held_out-00000.parquet"
     assert json.loads(row["json"])["captions"] == {"en": "Yes.", "de": "Ja."}
+
+
+def test_questions_and_the_list_of_their_answers(tmp_path):
+    done = build("scene-questions", "--out", tmp_path / "out", "--most", "12")
+    assert done.returncode == 0, done.stderr
+    train, held_out = read(tmp_path / "out"), read(tmp_path / "out", "held_out")
+    assert len(train) == len(held_out) == 12
+    assert all(key.startswith("train/") for key in train) and all(key.startswith("held_out/") for key in held_out)
+    labels = sorted({json.loads(pair["json"])["label"] for pair in train.values()})
+    assert (tmp_path / "out" / "labels.txt").read_text().splitlines() == labels

@@ -297,6 +297,7 @@ def test_classes_may_have_names(folder, tmp_path):
 def test_every_evaluation_is_found_by_its_file():
     assert evaluator_names() == [
         *(
+            "answers",
             "attentive_probe",
             "captions",
             "correct_captions",
@@ -310,7 +311,7 @@ def test_every_evaluation_is_found_by_its_file():
     ]
     for name in evaluator_names():
         assert issubclass(find_evaluator(name), Evaluator)
-    with pytest.raises(RunError, match="'knnn' is not one of the evaluations attentive_probe, captions"):
+    with pytest.raises(RunError, match="'knnn' is not one of the evaluations answers, attentive_probe"):
         find_evaluator("knnn")
 
 

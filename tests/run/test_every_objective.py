@@ -43,6 +43,7 @@ def batch_for(model: Objective, step: int, kind: str) -> Batch:
         batch["image"] = torch.randint(0, 256, (BATCH, 3, 16, 16), **random)
     batch["target"] = nn.functional.one_hot(torch.randint(0, 3, (BATCH,), generator=generator), 3).float()
     batch["labels"] = torch.randint(0, 3, (BATCH, 16, 16), generator=generator)
+    batch["label"] = torch.randint(0, 3, (BATCH,), generator=generator)
     return Batch(kind, batch | ({"source": tokens, "target": tokens} if "bitext" in kind else {}))
 
 

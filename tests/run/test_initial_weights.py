@@ -17,11 +17,14 @@ from transformers import ViTConfig, ViTForImageClassification, ViTMAEConfig, ViT
 
 from mug.model import interchange
 from mug.model.encoder import PIXEL_MEAN, PIXEL_STD, Encoder
+from mug.model.multilingual import MultilingualConfig
+from mug.model.objectives.answer import Answer, AnswerConfig
 from mug.model.objectives.classify import Classify, ClassifyConfig
 from mug.model.objectives.clip import CLIP, CLIPConfig
 from mug.model.objectives.mug import MUG, MUGConfig
 from mug.model.objectives.objective import Context, Objective
 from mug.model.objectives.segment import Segment, SegmentConfig
+from mug.model.objectives.unix2 import UniX2
 from mug.model.positions import interpolate_pos_embed, sincos_2d
 from mug.model.presets import Vocabulary, resolve
 from mug.run.common.errors import RunError
@@ -292,6 +295,25 @@ def test_each_part_begins_with_the_weights_that_it_is_given(source, tmp_path, vi
     for name, weight in model.text_encoder.state_dict().items():
         assert torch.equal(weight, other.text_encoder.state_dict()[name]), name
     assert torch.equal(model.text_projection.weight, fresh.text_projection.weight)
+
+
+def test_a_part_takes_the_words_that_it_shares_with_others(tmp_path):
+    """UniX²'s encoder of text has the matrix of its decoder's words; an encoder that answers questions, its own."""
+    sizes = {**OUR_SIZES, "text_width": 16, "text_heads": 2, "text_length": 8, "text_layers": 1, "fusion_layers": 1}
+    writer = UniX2(resolve(MultilingualConfig(**sizes, decoder_layers=1, embedding_width=8)), WORDS)
+    for parameter in writer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model = Answer(resolve(AnswerConfig(**sizes)), Context(vocabulary=WORDS.vocabulary, class_names=("no", "yes")))
+    run, parts = saved(tmp_path / "run", writer), ("encoder", "text_encoder", "fusion_encoder")
+    initialize(model, dict.fromkeys(parts, run), pytest.fail)
+    for part in parts:
+        theirs = writer.get_submodule(part).state_dict()
+        for name, weight in model.get_submodule(part).state_dict().items():
+            assert torch.equal(weight, theirs[name]), f"{part}.{name}"
+    assert torch.equal(model.text_encoder.words.embed.weight, writer.head.weight)
+    again = UniX2(writer.config, WORDS)
+    initialize(again, {"text_encoder": run}, pytest.fail)
+    assert torch.equal(again.head.weight, writer.head.weight)
 
 
 def test_parts_that_do_not_fit_are_refused_in_one_line(tmp_path):
