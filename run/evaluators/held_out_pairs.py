@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mug.data.builders.embedded import ensure_embedded
+from mug.data.builders.embedded import sources_of
 from mug.data.captions import captions
 from mug.data.config import DataConfig
 from mug.data.crops import CentralSquare
@@ -110,7 +110,7 @@ class PairReader:
 
 def held_out_shards(data: DataConfig) -> str | None:
     """Returns the shards that a run with this data holds out; None where it holds out none."""
-    return data.held_out or (None if data.shards else f"{ensure_embedded(data)}/held_out-*.tar")
+    return sources_of(data).held_out
 
 
 def open_pairs(config: PairsConfig, context: EvalContext) -> PairReader:
