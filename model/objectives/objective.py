@@ -239,6 +239,17 @@ class ScoresCaptions(Protocol):
         """Returns fp32 [B, C], nats, of uint8 images [B, 3, H, W] and int64 captions [C, T], BOS … EOS PAD."""
 
 
+@runtime_checkable
+class KnowsFloors(Protocol):
+    """Tells what its losses are of a model that has learned nothing of its inputs."""
+
+    def targets(self, batch: Batch) -> dict[str, Tensor]:
+        """Returns int64 [K] by loss: the classes that it predicts, of those losses that predict classes."""
+
+    def chance(self, samples: int) -> dict[str, float]:
+        """Returns the losses that find a sample among those of its group by chance, of a group of so many samples."""
+
+
 # --- Found by file name -------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ sequences, F their states packed, K masked words, D width, E size of an embeddin
 
 import copy
 import dataclasses
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -324,6 +325,21 @@ class UniX2(CoupledObjective):
         return self.head(hidden_RD, batch["written_targets"], batch["kept_rows"])
 
     # --- Abilities --------------------------------------------------------------------------------------------
+
+    def targets(self, batch: Batch) -> dict[str, Tensor]:
+        """Returns the masked words, those to write, and of ITM whether image and text belong together."""
+        batch, tasks, found = self.prepare(batch), TASKS[kind_of(batch)], {}
+        if "masked_rows" in batch:
+            found[tasks.masked] = batch["masked_targets"]
+        if "written" in batch:
+            found[tasks.written] = batch["written_targets"][batch["kept_rows"]]
+        if "matched" in batch:
+            found["itm"] = batch["matched"][self._complete(batch)].long()
+        return found
+
+    def chance(self, samples: int) -> dict[str, float]:
+        """Returns the contrast of both directions, of embeddings that are all the same."""
+        return dict.fromkeys(("cmcl", "clcl"), 2 * math.log(samples))
 
     def embed_image(self, image_BCHW: Tensor) -> Tensor:
         return _unit(self.image_projection(self.encoder(image_BCHW)[:, 0]))
