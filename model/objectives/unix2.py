@@ -1,8 +1,8 @@
 """ERNIE-UniX²: images and texts of many languages, by an encoder of each, one of both, and a decoder.
 
-Where the paper is silent: one loss each sums all tasks of a kind of batch, which share one pass through each part;
-both encoders' first states are projected without bias to `embedding_width`; ITM replaces the text of half of the
-samples by one drawn from the group; MLM hides 15% of the words as BERT does; there is no dropout.
+Where the paper is silent: a batch of a kind computes the losses of all tasks of that kind, which share one pass through
+each part; the states of both encoders' first tokens are projected without bias to `embedding_width`; ITM replaces the
+text of half of the samples by one drawn from the group; MLM hides 15% of the words as BERT does; there is no dropout.
 Dimension letters: B batch, V texts a sample, T tokens, L encoded image tokens, R tokens of all texts packed, S fused
 sequences, F their states packed, K masked words, D width, E size of an embedding.
 """

@@ -158,8 +158,7 @@ def gradients(stage: int, zero: dict[str, object]) -> Iterator[dict[str, torch.T
     def collect(engine) -> None:
         before(engine)
         for name, parameter in engine.module.named_parameters():
-            gradient = safe_get_full_grad(parameter)
-            found[name] = torch.zeros(parameter.ds_shape) if gradient is None else gradient.cpu().clone()
+            found[name] = safe_get_full_grad(parameter).clone()
 
     training_step.collect_gradients = collect
     for step in range(len(CYCLE)):
