@@ -63,6 +63,7 @@ setup(
         "resvg-py>=0.5",
         "rich",
         "safetensors",
+        "sentencepiece",
         "simplejpeg>=1.9",
         "tensorboard",
         "timm>=1.0.16",
@@ -78,7 +79,6 @@ setup(
         "gs": ["gcsfs"],
         "http": ["aiohttp"],
         "s3": ["s3fs"],
-        "unigram": ["sentencepiece"],
         "wandb": ["wandb>=0.19"],
         "test": [
             "flask",
@@ -97,7 +97,6 @@ setup(
             "s3fs",
             "sacrebleu",
             "scikit-learn",
-            "sentencepiece",
             "torchmetrics",
             "transformers>=5",
             "wandb>=0.19",

@@ -7,6 +7,8 @@ from typing import Literal
 
 from mug.data.errors import DataError
 
+Embedded = Literal["drawings", "compositions", "languages"]
+
 
 @dataclass
 class FetchConfig:
@@ -46,11 +48,14 @@ class TextConfig(FetchConfig):
         shards: Shards to train on, tar, Arrow or Parquet: paths, URLs, globs or brace ranges
             ('cc3m/{00000..00331}.tar'), separated by commas or spaces; or the folder of an index that
             run/index_shards.py wrote. '{language}' in it stands for each of the languages, whose shards it names.
-            Without it, the embedded pairs, where the kind has some.
-        held_out: Shards to evaluate on, written like `shards`. Without it, the held-out embedded pairs where
+            Without it, the embedded ones.
+        embedded: What to take without `shards`: OpenMoji's single drawings with their English names ('drawings') or
+            with those in 14 languages ('languages'), or compositions of one or two drawings, with captions as "a cake
+            above an owl" ('compositions').
+        held_out: Shards to evaluate on, written like `shards`. Without it, the held-out embedded ones where
             `shards` is left out too, else no evaluation.
         tokenizer: A tokenizer.json, a folder that holds one, or a name on the Hugging Face hub. Without it,
-            the tokenizer of the embedded pairs; own shards need one.
+            the tokenizer of the embedded ones; own shards need one.
         special_tokens: Its tokens for pad, bos, eos or mask, where they differ from those that it states:
             {"pad": "<|pad|>"}.
         cache: Folder for what is built once. Without it, $MUG_CACHE, else ~/.cache/mug.
@@ -68,6 +73,7 @@ class TextConfig(FetchConfig):
     """
 
     shards: str | None = None
+    embedded: Embedded = "languages"
     held_out: str | None = None
     tokenizer: str | None = None
     special_tokens: dict[str, str] = field(default_factory=dict)
@@ -120,8 +126,6 @@ class DataConfig(TextConfig):
     """Where the image-text pairs come from and how training looks at them.
 
     Args:
-        embedded: Which pairs to take without `shards`: OpenMoji's single drawings with their names, or compositions of
-            one or two of them, with captions as "a cake above an owl".
         rotate: Go through the languages that a pair has, one an epoch, instead of drawing among all its captions: in as
             many epochs each (image, language) comes once.
         crop_scale: Min and max share of the image's area that a random training crop covers.
@@ -130,7 +134,7 @@ class DataConfig(TextConfig):
             mean error below 1 of 255.
     """
 
-    embedded: Literal["drawings", "compositions"] = "drawings"
+    embedded: Embedded = "drawings"
     rotate: bool = False
     crop_scale: tuple[float, float] = (0.2, 1.0)
     flip: bool = True

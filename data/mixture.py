@@ -1,14 +1,17 @@
 """Several streams as one: which stream each group of a run is of, and which of its samples, by `mug.data.shares`.
 
-The state of a mixture is one number, its position, and all ranks take the same branch.
+The state of a mixture is its position, and from which group on which weights were in force: one phase, unless a run
+resumed with another mixture. All ranks take the same branch.
 """
 
 import hashlib
 import json
 import math
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from mug.data.bad_samples import Replacement
 from mug.data.errors import DataError
 from mug.data.kinds.samples import Batch, Samples, Shape, find_kind
 from mug.data.order import SampleOrder
-from mug.data.shares import locate
+from mug.data.shares import drawn, locate
 from mug.data.stream import BatchShard, TrainStream
 from mug.data.tokenizer import Tokenizer
 from mug.data.workers import start_fork_server
@@ -40,12 +43,20 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class MixtureOrder:
-    """The order of a mixture: mug.data.order.SampleOrder. An epoch has as many samples as the streams' together."""
+    """The order of a mixture: mug.data.order.SampleOrder. An epoch has as many samples as the streams' together.
+
+    phases: first group and weights of each, in order; the last one's weights are in force.
+    """
 
     seed: int
     group: int
-    weights: dict[str, float]
     samples: int
+    phases: tuple[tuple[int, dict[str, float]], ...]
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Returns stream → weight."""
+        return self.phases[-1][1]
 
     def __len__(self) -> int:
         return self.samples
@@ -53,6 +64,16 @@ class MixtureOrder:
     def constants(self) -> dict[str, Any]:
         """Returns what, with the seed, fixes which samples stand at a position."""
         return {"group": self.group, "weights": self.weights}
+
+    def locate(self, group: int) -> tuple[str, int]:
+        """Returns the stream of a group, and how many groups before it were of that stream."""
+        phases, before = [phase for phase in self.phases if phase[0] <= group], Counter[str]()
+        for (first, weights), (end, _) in pairwise(phases):
+            before.update(dict(zip(weights, drawn(list(weights.values()), self.seed, end - first), strict=True)))
+        first, weights = phases[-1]
+        stream, count = locate(list(weights.values()), self.seed, group - first)
+        name = list(weights)[stream]
+        return name, before[name] + count
 
 
 def _order(stream: Samples) -> SampleOrder:
@@ -76,7 +97,7 @@ class Mixture:
         self.streams = {name: streams[name][0] for name in sorted(streams)}
         weights = {name: float(streams[name][1]) for name in self.streams}
         samples = sum(len(_order(stream)) for stream in self.streams.values())
-        self.order = MixtureOrder(seed, group, weights, samples)
+        self.order = MixtureOrder(seed, group, samples, ((0, weights),))
         self.tokenizer: Tokenizer | None = self._common("tokenizer", lambda tokenizer: tokenizer.fingerprint)
         self.class_names: tuple[str, ...] = self._common("class_names", tuple) or ()
 
@@ -111,9 +132,9 @@ class Mixture:
 
     def locate(self, position: int) -> tuple[str, int]:
         """Returns the stream of a position, and what is to be added to get the position in that stream."""
-        group, names = self.order.group, list(self.order.weights)
-        stream, before = locate(list(self.order.weights.values()), self.order.seed, position // group)
-        return names[stream], (before - position // group) * group
+        group = self.order.group
+        name, before = self.order.locate(position // group)
+        return name, (before - position // group) * group
 
     def batch(self, positions: Sequence[int]) -> tuple[Batch, list[Replacement]]:
         """Returns the samples at positions of one group: a batch of its stream's kind, with the mixture's positions."""
@@ -124,6 +145,36 @@ class Mixture:
         batch, replaced = self.streams[name].batch([position + shift for position in positions])
         batch["position"] = torch.tensor(list(positions))
         return batch, [replace(one, position=one.position - shift) for one in replaced]
+
+
+MIXED = ("samples", "weights", "fingerprint")  # of a mixture's identity, what follows from which streams it has
+
+
+class MixtureStream(TrainStream):
+    """A training stream of several, whose weights may change, and streams come and go, where a run resumes.
+
+    Each stream continues where it was; what is new begins.
+    """
+
+    @property
+    def mixture(self) -> Mixture:
+        assert isinstance(self.source, Mixture)
+        return self.source
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"phases": [list(phase) for phase in self.mixture.order.phases]}
+
+    def load_state_dict(self, state: dict, allow_changes: bool = False) -> None:
+        order = self.mixture.order
+        weights, before = order.weights, state.get("weights") or {}
+        phases = [tuple(phase) for phase in state.get("phases", [(0, before)])]
+        if allow_changes and before and before != weights:
+            new = (*(f"{name}." for name in weights if name not in before),)
+            mine = self._identity().items()
+            state = state | {key: value for key, value in mine if key in MIXED or key.startswith(new)}
+            phases.append((state["next_position"] // order.group, weights))
+        super().load_state_dict(state)
+        self.order = self.mixture.order = replace(order, phases=tuple(phases))
 
 
 def open_stream(streams: Mapping[str, StreamConfig], seed: int, shape: Shape, share: BatchShard) -> TrainStream:
@@ -145,7 +196,7 @@ def open_stream(streams: Mapping[str, StreamConfig], seed: int, shape: Shape, sh
         name: (find_kind(one.kind).open_train(one.config, _seed_of(name, seed), shape), one.weight)
         for name, one in streams.items()
     }
-    return TrainStream(Mixture(opened, seed, share.group), share, workers)
+    return MixtureStream(Mixture(opened, seed, share.group), share, workers)
 
 
 def _seed_of(name: str, seed: int) -> int:

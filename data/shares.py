@@ -10,7 +10,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from mug.data import rng
 
@@ -27,6 +27,13 @@ def locate(weights: Sequence[float], seed: int, group: int) -> tuple[int, int]:
     offset = int(rng.raw(seed, rng.MIXTURE, 0, 0, 1)[0])
     stream = bisect_right(bounds, (offset + group * STEP) % ONE) - 1
     return stream, _points_below(bounds[stream + 1], offset, group) - _points_below(bounds[stream], offset, group)
+
+
+def drawn(weights: Sequence[float], seed: int, groups: int) -> list[int]:
+    """Returns how many of the first groups are of each stream."""
+    offset = int(rng.raw(seed, rng.MIXTURE, 0, 0, 1)[0])
+    below = [_points_below(bound, offset, groups) for bound in _bounds(tuple(weights))]
+    return [end - start for start, end in pairwise(below)]
 
 
 @lru_cache(maxsize=64)

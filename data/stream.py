@@ -140,8 +140,8 @@ class TrainStream:
             **self.source.identity(),
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Resume where `state` was saved.
+    def load_state_dict(self, state: dict, allow_changes: bool = False) -> None:
+        """Resume where `state` was saved. allow_changes: of what a mixture is made of; one stream stays as it was.
 
         Raises:
             DataError: it was saved by another version, or over another seed, index or tokenizer.

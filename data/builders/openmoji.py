@@ -106,19 +106,26 @@ def licence(changes: str) -> str:
 
 def build(folder: Path) -> None:
     """Write the shards, the tokenizer and the licence into `folder`, which exists and is empty."""
-    metas = pairs()
-    for split, held_out in (("train", False), ("held_out", True)):
-        chosen = {key: meta for key, meta in metas.items() if is_held_out(key, HELD_OUT_SHARE) == held_out}
+    captions = (meta["caption"] for meta in write_splits(folder, pairs(), by="key"))
+    train_tokenizer(captions, VOCABULARY).save(str(folder / "tokenizer.json"))
+    changes = f"drawn at {SIZE}x{SIZE} pixels on white and packed into tar files"
+    (folder / "LICENSE.txt").write_text(licence(changes), encoding="utf-8")
+
+
+def write_splits(folder: Path, metas: dict[str, dict], by: str) -> list[dict]:
+    """Draw the pairs into `train-*.tar` and `held_out-*.tar`, split by the hash of what their json has under `by`;
+    returns the json of those to train on."""
+    splits: dict[str, dict[str, dict]] = {"train": {}, "held_out": {}}
+    for key, meta in metas.items():
+        splits["held_out" if is_held_out(meta[by], HELD_OUT_SHARE) else "train"][key] = meta
+    for split, chosen in splits.items():
         samples = drawn(chosen)
         for shard, first in enumerate(range(0, len(chosen), SAMPLES_PER_SHARD)):
             write_tar_shard(folder / f"{split}-{shard:05d}.tar", itertools.islice(samples, SAMPLES_PER_SHARD))
             log.info(
                 "OpenMoji: %s pairs, %d of %d drawn", split, min(first + SAMPLES_PER_SHARD, len(chosen)), len(chosen)
             )
-    captions = (meta["caption"] for key, meta in metas.items() if not is_held_out(key, HELD_OUT_SHARE))
-    train_tokenizer(captions, VOCABULARY).save(str(folder / "tokenizer.json"))
-    changes = f"drawn at {SIZE}x{SIZE} pixels on white and packed into tar files"
-    (folder / "LICENSE.txt").write_text(licence(changes), encoding="utf-8")
+    return list(splits["train"].values())
 
 
 def folder_name() -> str:

@@ -1,10 +1,9 @@
 """Trains a tokenizer of several languages on their texts."""
 
-import importlib
 import io
 import itertools
 from collections.abc import Iterable, Iterator
-from types import ModuleType
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -25,7 +24,7 @@ def train_unigram(texts: Iterable[str], vocabulary: int, languages: tuple[str, .
     (the `tokenizers` library's own trainer gives others at each call). All texts are held in memory.
 
     Raises:
-        DataError: `vocabulary` is too small, sentencepiece is not installed, or the texts hold nothing to learn from.
+        DataError: `vocabulary` is too small, or the texts hold nothing to learn from.
     """
     added = ["[MASK]", *map(language_token, languages)]
     if vocabulary < MIN_VOCABULARY + len(added):
@@ -47,12 +46,15 @@ def learn_model(texts: Iterator[str], limit: int) -> bytes:
     """Returns a model of SentencePiece with at most `limit` pieces, those of ROLES first.
 
     Raises:
-        DataError: sentencepiece is not installed, or the texts hold nothing to learn from.
+        DataError: the texts hold nothing to learn from.
     """
-    sentencepiece, model = _import_sentencepiece(), io.BytesIO()
+    import sentencepiece
+
+    model = io.BytesIO()
     first = next((text for text in texts if text.strip()), None)
     if first is None:
         raise DataError("the captions hold no word to learn from")
+    ids: dict[str, Any] = {f"{role.strip('[]').lower()}_id": i for i, role in enumerate(ROLES)}
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=itertools.chain([first], texts),
@@ -66,7 +68,7 @@ def learn_model(texts: Iterator[str], limit: int) -> bytes:
             normalization_rule_name="identity",
             max_sentence_length=MAX_TEXT,
             minloglevel=2,
-            **{f"{role.strip('[]').lower()}_id": i for i, role in enumerate(ROLES)},
+            **ids,
         )
     except RuntimeError as error:  # of any kind, with the place in its source code
         raise DataError(f"sentencepiece learned no tokens from the captions: {' '.join(str(error).split())}") from error
@@ -75,15 +77,8 @@ def learn_model(texts: Iterator[str], limit: int) -> bytes:
 
 def _pieces(model: bytes) -> list[tuple[str, float]]:
     """Returns the special tokens of ROLES and the pieces of a model, and the log-probability of each."""
-    learned = _import_sentencepiece().SentencePieceProcessor(model_proto=model)
+    import sentencepiece
+
+    learned = sentencepiece.SentencePieceProcessor(model_proto=model)
     pieces = [(learned.id_to_piece(i), learned.get_score(i)) for i in range(len(ROLES), learned.get_piece_size())]
     return [*((role, 0.0) for role in ROLES), *pieces]
-
-
-def _import_sentencepiece() -> ModuleType:
-    try:
-        return importlib.import_module("sentencepiece")
-    except ModuleNotFoundError as error:
-        raise DataError(
-            "package sentencepiece is not installed: pip install -c constraints.txt -e '.[unigram]'"
-        ) from error

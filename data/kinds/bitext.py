@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from mug.data.builders.embedded import Sources
 from mug.data.config import TextConfig
 from mug.data.errors import BadSample, DataError
 from mug.data.index.rows import PARTS
@@ -66,14 +67,14 @@ def translation(samples: RowSamples, place: Place, parts: Parts) -> dict[str, np
 
 
 def open_train(config: TextConfig, seed: int, shape: Shape) -> Bitext:
-    """Returns the translations to train on.
+    """Returns the translations to train on; without shards, the embedded names.
 
     Raises:
         DataError: shards or tokenizer are missing or damaged, or fewer than two languages are given.
     """
-    patterns, tokenizer = open_translations(config)
+    sources, tokenizer = open_translations(config)
     report_added(tokenizer)
-    shards = Shards.open(patterns, config, images_needed=False)
+    shards = Shards.open(sources.train, config, images_needed=False)
     return _bitext(config, shape, shards, tokenizer, shards.train_view(config, seed, (1.0, 1.0), False))
 
 
@@ -83,18 +84,19 @@ def open_held_out(config: TextConfig, shape: Shape) -> Bitext | None:
     Raises:
         DataError: see `open_train`.
     """
-    if config.held_out is None:
+    sources, tokenizer = open_translations(config)
+    if sources.held_out is None:
         return None
-    shards = Shards.open(config.held_out, config, images_needed=False)
-    return _bitext(config, shape, shards, open_translations(config)[1], shards.evaluation_view())
+    shards = Shards.open(sources.held_out, config, images_needed=False)
+    return _bitext(config, shape, shards, tokenizer, shards.evaluation_view())
 
 
 def _bitext(config: TextConfig, shape: Shape, shards: Shards, tokenizer: Tokenizer, view: View) -> Bitext:
     return Bitext(shards, view, tokenizer, text_length_of(config, shape), config.languages())
 
 
-def open_translations(config: TextConfig) -> tuple[str, Tokenizer]:
-    """Returns the patterns of the shards, and the tokenizer; see `open_languages`.
+def open_translations(config: TextConfig) -> tuple[Sources, Tokenizer]:
+    """Returns where the samples lie, and the tokenizer; see `open_languages`.
 
     Raises:
         DataError: fewer than two languages are given.

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from mug.data.config import DataConfig
+from mug.data.config import DataConfig, Embedded
 from mug.data.kinds.bitext import open_translations, translation
 from mug.data.kinds.pairs import ImageSamples
 from mug.data.kinds.samples import Shape
@@ -15,7 +15,12 @@ from mug.data.row_samples import Place, Shards, report_added, text_length_of
 from mug.data.tokenizer import Tokenizer
 from mug.data.views import View
 
-Config = DataConfig
+
+@dataclass
+class Config(DataConfig):
+    """Where images with translations come from: those of pairs, embedded ones with names in several languages."""
+
+    embedded: Embedded = "languages"
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,14 +39,14 @@ class ImageBitext(ImageSamples):
 
 
 def open_train(config: DataConfig, seed: int, shape: Shape) -> ImageBitext:
-    """Returns the images to train on.
+    """Returns the images to train on; without shards, the embedded drawings.
 
     Raises:
         DataError: shards or tokenizer are missing or damaged, or fewer than two languages are given.
     """
-    patterns, tokenizer = open_translations(config)
+    sources, tokenizer = open_translations(config)
     report_added(tokenizer)
-    shards = Shards.open(patterns, config)
+    shards = Shards.open(sources.train, config)
     view = shards.train_view(config, seed, tuple(config.crop_scale), config.flip)
     return _image_bitext(config, shape, shards, tokenizer, view)
 
@@ -52,10 +57,11 @@ def open_held_out(config: DataConfig, shape: Shape) -> ImageBitext | None:
     Raises:
         DataError: see `open_train`.
     """
-    if config.held_out is None:
+    sources, tokenizer = open_translations(config)
+    if sources.held_out is None:
         return None
-    shards = Shards.open(config.held_out, config)
-    return _image_bitext(config, shape, shards, open_translations(config)[1], shards.evaluation_view())
+    shards = Shards.open(sources.held_out, config)
+    return _image_bitext(config, shape, shards, tokenizer, shards.evaluation_view())
 
 
 def _image_bitext(config: DataConfig, shape: Shape, shards: Shards, tokenizer: Tokenizer, view: View) -> ImageBitext:

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
-from mug.data.builders.embedded import ensure_embedded
+from mug.data.builders.embedded import Sources, sources_of
 from mug.data.config import DataConfig
 from mug.data.crops import Crop, ViewConfig, random_crop
 from mug.data.decode import Mode, decode_crops
@@ -95,10 +94,10 @@ def open_train(config: DataConfig, seed: int, shape: Shape) -> Pairs:
     Raises:
         DataError: shards or tokenizer are missing or damaged, or no pair has a caption in a language that is wanted.
     """
-    embedded = ensure_embedded(config) if config.shards is None else None
-    shards = Shards.open(f"{embedded}/train-*.tar" if config.shards is None else config.shards, config)
+    sources = sources_of(config)
+    shards = Shards.open(sources.train, config)
     view = shards.train_view(config, seed, tuple(config.crop_scale), config.flip)
-    pairs = _pairs(config, shards, embedded, shape, view)
+    pairs = _pairs(config, shards, sources, shape, view)
     if pairs.tokenizer:
         report_added(pairs.tokenizer)
     return pairs
@@ -110,18 +109,18 @@ def open_held_out(config: DataConfig, shape: Shape) -> Pairs | None:
     Raises:
         DataError: shards or tokenizer are missing or damaged.
     """
-    if config.shards is not None and config.held_out is None:
+    sources = sources_of(config)
+    if sources.held_out is None:
         return None
-    embedded = ensure_embedded(config) if config.shards is None else None
-    shards = Shards.open(config.held_out if config.held_out is not None else f"{embedded}/held_out-*.tar", config)
-    return _pairs(config, shards, embedded, shape, shards.evaluation_view())
+    shards = Shards.open(sources.held_out, config)
+    return _pairs(config, shards, sources, shape, shards.evaluation_view())
 
 
-def _pairs(config: DataConfig, shards: Shards, embedded: Path | None, shape: Shape, view: View) -> Pairs:
+def _pairs(config: DataConfig, shards: Shards, sources: Sources, shape: Shape, view: View) -> Pairs:
     images = shape.image_size, config.decode, shape.views
     if shape.text_length is None:
         return Pairs(shards, view, None, 0, (), *images, config.rotate)
-    tokenizer = load_tokenizer(embedded if config.tokenizer is None else config.tokenizer, config)
+    tokenizer = load_tokenizer(sources.tokenizer, config)
     check_languages(shards.reader, config.languages())
     length = text_length_of(config, shape)
     return Pairs(shards, view, tokenizer, length, config.languages(), *images, config.rotate)

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from mug.data.builders.embedded import Sources, sources_of
 from mug.data.config import TextConfig
 from mug.data.errors import DataError
 from mug.data.index.rows import PARTS
@@ -36,14 +37,14 @@ class Texts(RowSamples):
 
 
 def open_train(config: TextConfig, seed: int, shape: Shape) -> Texts:
-    """Returns the texts to train on.
+    """Returns the texts to train on; without shards, the embedded names.
 
     Raises:
         DataError: shards or tokenizer are missing or damaged, or the tokenizer has no tokens of languages.
     """
-    patterns, tokenizer = open_languages(config)
+    sources, tokenizer = open_languages(config)
     report_added(tokenizer)
-    shards = Shards.open(patterns, config, images_needed=False)
+    shards = Shards.open(sources.train, config, images_needed=False)
     return _texts(config, shape, shards, tokenizer, shards.train_view(config, seed, (1.0, 1.0), False))
 
 
@@ -53,27 +54,27 @@ def open_held_out(config: TextConfig, shape: Shape) -> Texts | None:
     Raises:
         DataError: see `open_train`.
     """
-    if config.held_out is None:
+    sources, tokenizer = open_languages(config)
+    if sources.held_out is None:
         return None
-    shards = Shards.open(config.held_out, config, images_needed=False)
-    return _texts(config, shape, shards, open_languages(config)[1], shards.evaluation_view())
+    shards = Shards.open(sources.held_out, config, images_needed=False)
+    return _texts(config, shape, shards, tokenizer, shards.evaluation_view())
 
 
 def _texts(config: TextConfig, shape: Shape, shards: Shards, tokenizer: Tokenizer, view: View) -> Texts:
     return Texts(shards, view, tokenizer, text_length_of(config, shape), config.languages())
 
 
-def open_languages(config: TextConfig) -> tuple[str, Tokenizer]:
-    """Returns the patterns of the shards, and the tokenizer, which has a token for each language.
+def open_languages(config: TextConfig) -> tuple[Sources, Tokenizer]:
+    """Returns where the samples lie, and the tokenizer, which has a token for each language.
 
     Raises:
-        DataError: one of them is not given, or the tokenizer is damaged or lacks such tokens.
+        DataError: the tokenizer is not given, or is damaged or lacks such tokens.
     """
-    if config.shards is None:
-        raise DataError("data.shards is missing: give the texts to train on")
-    tokenizer = load_tokenizer(config.tokenizer, config)
+    sources = sources_of(config)
+    tokenizer = load_tokenizer(sources.tokenizer, config)
     if not tokenizer.languages:
         raise DataError(
             "data.tokenizer has no tokens of languages: train one by run/train_tokenizer.py --model unigram"
         )
-    return config.shards, tokenizer
+    return sources, tokenizer

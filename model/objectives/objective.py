@@ -312,6 +312,17 @@ class AnswersQuestions(Protocol):
         multiple of B: question s is about image s mod B."""
 
 
+@runtime_checkable
+class KnowsFloors(Protocol):
+    """Tells what its losses are of a model that has learned nothing of its inputs."""
+
+    def targets(self, batch: Batch) -> dict[str, Tensor]:
+        """Returns int64 [K] by loss: the classes that it predicts, of those losses that predict classes."""
+
+    def chance(self, samples: int) -> dict[str, float]:
+        """Returns the losses that find a sample among those of its group by chance, of a group of so many samples."""
+
+
 # --- Found by file name -------------------------------------------------------------------------------------
 
 

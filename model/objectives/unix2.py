@@ -1,13 +1,14 @@
 """ERNIE-UniX²: images and texts of many languages, by an encoder of each, one of both, and a decoder.
 
-Where the paper is silent: one loss each sums all tasks of a kind of batch, which share one pass through each part;
-both encoders' first states are projected without bias to `embedding_width`; ITM replaces the text of half of the
-samples by one drawn from the group, at random or near the image; MLM hides 15% of the words as BERT does; there is no
-dropout. Dimension letters: B batch, V texts a sample, T tokens, L encoded image tokens, R tokens of all texts packed,
-S fused sequences, F their states packed, K masked words, D width, E size of an embedding.
+Where the paper is silent: a batch of a kind computes the losses of all tasks of that kind, which share one pass through
+each part; the states of both encoders' first tokens are projected without bias to `embedding_width`; ITM replaces the
+text of half of the samples by one drawn from the group, at random or near the image; MLM hides 15% of the words as BERT
+does; there is no dropout. Dimension letters: B batch, V texts a sample, T tokens, L encoded image tokens, R tokens of
+all texts packed, S fused sequences, F their states packed, K masked words, D width, E size of an embedding.
 """
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -347,6 +348,21 @@ class UniX2(CoupledObjective):
 
     def load_language_model(self, state: dict[str, Tensor], settings: Mapping[str, Any]) -> None:
         interchange.load_language_model(self, state, settings)
+
+    def targets(self, batch: Batch) -> dict[str, Tensor]:
+        """Returns the masked words, those to write, and of ITM whether image and text belong together."""
+        batch, tasks, found = self.prepare(batch), TASKS[kind_of(batch)], {}
+        if "masked_rows" in batch:
+            found[tasks.masked] = batch["masked_targets"]
+        if "written" in batch:
+            found[tasks.written] = batch["written_targets"][batch["kept_rows"]]
+        if "matched" in batch:
+            found["itm"] = batch["matched"][self._complete(batch)].long()
+        return found
+
+    def chance(self, samples: int) -> dict[str, float]:
+        """Returns the contrast of both directions, of embeddings that are all the same."""
+        return dict.fromkeys(("cmcl", "clcl"), 2 * math.log(samples))
 
     def embed_image(self, image_BCHW: Tensor) -> Tensor:
         return _unit(self.image_projection(self.encoder(image_BCHW)[:, 0]))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mug.data.builders.embedded import ensure_embedded
+from mug.data.builders.embedded import sources_of
 from mug.data.captions import by_language
 from mug.data.config import DataConfig
 from mug.data.crops import CentralSquare
@@ -140,7 +140,7 @@ class PairReader:
 
 def held_out_shards(data: DataConfig) -> str | None:
     """Returns the shards that a run with this data holds out; None where it holds out none."""
-    return data.held_out or (None if data.shards else f"{ensure_embedded(data)}/held_out-*.tar")
+    return sources_of(data).held_out
 
 
 def open_pairs(config: PairsConfig, context: EvalContext, language: str | None = None) -> PairReader:

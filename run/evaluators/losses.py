@@ -55,23 +55,26 @@ class HeldOutLosses(Evaluator):
 
     @torch.no_grad()
     def _of_stream(self, subject: Subject, samples: Samples) -> dict[str, float]:
-        context, module = self.context, subject.module
-        couples = isinstance(module, CoupledObjective)
-        shard = BatchShard(context.group, context.micro_batch, dist.get_rank(), dist.get_world_size())
-        groups = plan(len(samples), context.max_samples, shard, whole_groups=couples)
+        module, groups = subject.module, self._groups(subject, samples)
         means, training = WeightedMeans(), module.training
         module.eval()
         ahead = Ahead(self._fetch(subject, samples, groups))
         for group in groups:
             counted = self._on_device(module, group, ahead)
-            if couples:
+            if isinstance(module, CoupledObjective):
                 outcomes = held_out_losses(subject.forward, counted)
             else:
                 outcomes = ((*subject.forward(batch), counts) for batch, counts in counted)
             for losses, metrics, counts in outcomes:
                 means.add(losses, metrics, counts)
         module.train(training)
-        return means.reduce(context.loss_weights)
+        return means.reduce(self.context.loss_weights)
+
+    def _groups(self, subject: Subject, samples: Samples) -> list[list[HeldOutBatch]]:
+        """Returns this rank's micro-batches of each group."""
+        context, couples = self.context, isinstance(subject.module, CoupledObjective)
+        shard = BatchShard(context.group, context.micro_batch, dist.get_rank(), dist.get_world_size())
+        return plan(len(samples), context.max_samples, shard, whole_groups=couples)
 
     def _fetch(
         self, subject: Subject, samples: Samples, groups: Sequence[Sequence[HeldOutBatch]]

@@ -427,12 +427,20 @@ def recorded(recipe: Any) -> dict[str, Any]:
 
 def changes(saved: dict[str, Any], recipe: Recipe) -> list[str]:
     """Returns the keys that decide what is learned and differ from `saved`, a recipe as `recorded`, through JSON."""
-    before, now = flat(saved), flat(json.loads(json.dumps(recorded(recipe))))
-    return [
+    fresh = json.loads(json.dumps(recorded(recipe)))
+    before, now, had, has = flat(saved), flat(fresh), _streams(saved), _streams(fresh)
+    changed = [f"no stream data.{name} (now there)" for name in has if name not in had]
+    changed += [f"a stream data.{name} (now gone)" for name in had if name not in has]
+    return changed + [
         f"{name} {before[name]} (now {value})"
         for name, value in now.items()
         if name in before and before[name] != value and not _is_free(name)
     ]
+
+
+def _streams(values: dict[str, Any]) -> list[str]:
+    """Returns the names of the streams of a recorded recipe; of a single one, none."""
+    return [name for name, one in values["data"].items() if isinstance(one, dict) and "config" in one]
 
 
 def _is_free(name: str) -> bool:

@@ -73,7 +73,7 @@ def train_command(console: Console, prog: str, description: str, default: Path) 
         # --- Engine, data and bad samples as they were then ---
         engine = start_engine(model, ds_config, recipe, resumed, phases)
         if resumed:
-            stream.load_state_dict(resumed.manifest["data"])
+            stream.load_state_dict(resumed.manifest["data"], command.allow_changes)
 
         # --- Loop ---
         run = Run(

@@ -188,6 +188,54 @@ def test_another_mixture_is_refused(streams, what, names):
         changed(streams, what).load_state_dict(state)
 
 
+def own_positions(stream: TrainStream, groups: range) -> dict[str, list[int]]:
+    """Which of each stream's groups these groups are."""
+    found: dict[str, list[int]] = {}
+    for group in groups:
+        name, shift = stream.source.locate(group * GROUP)
+        found.setdefault(name, []).append(group + shift // GROUP)
+    return found
+
+
+def test_a_stream_that_joins_later_begins_and_the_others_continue(streams):
+    two = {name: streams[name] for name in "ab"}
+    early = open_mixture(two)
+    first_steps = take(early, 10)
+    state = json.loads(json.dumps(early.state_dict()))
+    with pytest.raises(DataError, match="the checkpoint's data has samples 37, this run's has 55"):
+        open_mixture(streams).load_state_dict(state)
+    stream = open_mixture(streams)
+    stream.load_state_dict(state, allow_changes=True)
+    assert stream.next_position == 240
+    own = own_positions(stream, range(60))
+    assert own.keys() == {"a", "b", "c"} and all(one == list(range(len(one))) for one in own.values())
+    assert own_positions(stream, range(20)) == own_positions(early, range(20)) and len(own["c"]) in (3, 4, 5)
+    again = open_mixture(two)
+    assert take(again, 10) == first_steps, "what was trained before stays"
+    # It is one run from now on: killed again, it needs no permission, at any number of ranks.
+    later = json.loads(json.dumps(stream.state_dict()))
+    expected, _ = global_batches(streams, 1, 12, 6, later)
+    parts, middle = global_batches(streams, 2, 3, 2, later)
+    assert parts + global_batches(streams, 3, 2, 4, middle)[0] == expected
+    # Streams may leave, too, and come back.
+    alone = open_mixture({name: streams[name] for name in "ac"})
+    alone.load_state_dict(middle, allow_changes=True)
+    back = open_mixture(streams)
+    back.load_state_dict(json.loads(json.dumps(alone.state_dict())), allow_changes=True)
+    assert all(one == list(range(len(one))) for one in own_positions(back, range(200)).values())
+
+
+def test_permission_to_change_the_mixture_is_none_to_change_a_stream(streams, tmp_path, make_shards):
+    two = {name: streams[name] for name in "ab"}
+    state = open_mixture(two).state_dict()
+    make_shards(tmp_path / "b", [15, 1])
+    with pytest.raises(DataError, match=r"the checkpoint's data has b\.fingerprint \w+, this run's has"):
+        open_mixture(streams).load_state_dict(state, allow_changes=True)
+    with pytest.raises(DataError, match="the checkpoint's data has samples 21, this run's has"):
+        alone = open_mixture({"a": streams["a"]}).state_dict()
+        open_mixture(two).load_state_dict(alone, allow_changes=True)
+
+
 def test_a_stream_whose_shards_changed_is_named(streams, tmp_path, make_shards):
     state = open_mixture(streams).state_dict()
     make_shards(tmp_path / "b", [15, 1])

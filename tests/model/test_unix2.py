@@ -354,3 +354,26 @@ def test_bf16_is_near(kind):
     assert all(loss.dtype == torch.float32 for loss in losses.values())
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=3e-2)
     sum(losses.values()).backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_its_losses_are_to_find(kind):
+    model, batch = make(), batch_at(kind, POSITIONS)
+    targets, counts = model.targets(batch), model.counts(batch)
+    tasks = TASKS[kind]
+    assert targets.keys() == counts.keys() - {tasks.contrast}
+    assert {name: len(target) for name, target in targets.items()} == {name: counts[name] for name in targets}
+    prepared = model.prepare(batch)
+    if tasks.masked:
+        assert targets[tasks.masked].equal(prepared["masked_targets"])
+    written = [tokens_of(row)[1:] for row in prepared["written"]]
+    assert targets[tasks.written].tolist() == [token for row in written for token in row]
+
+
+def test_chance_is_the_contrast_of_equal_embeddings():
+    model = make()
+    same = torch.nn.functional.normalize(torch.ones(6, 8), dim=1)
+    for first, second in (("image", "text"), ("source", "target")):
+        features = {first: same, second: same, "valid": torch.tensor([True] * 5 + [False])}
+        ((name, loss),) = model.coupled_losses(features)[0].items()
+        assert loss.item() == pytest.approx(model.chance(5)[name], abs=1e-5)

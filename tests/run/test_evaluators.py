@@ -301,6 +301,7 @@ def test_every_evaluation_is_found_by_its_file():
             "attentive_probe",
             "captions",
             "correct_captions",
+            "floors",
             "information",
             "knn",
             "likelihood_zero_shot",

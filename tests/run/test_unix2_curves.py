@@ -3,6 +3,8 @@
 Each step has two groups of different kinds, so each leaves parameters without gradient that the other uses.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from mug.model.objectives.unix2 import UniX2
 from mug.model.presets import Vocabulary, resolve
 from mug.run.cluster.coupled import held_out_losses, prepare
 from mug.run.cluster.losses import WeightedMeans
+from mug.run.training import step as training_step
 from mug.run.training.engine import build_engine
 from mug.run.training.groups import parameter_groups
 from mug.run.training.recipe import TrainerConfig
@@ -98,7 +101,7 @@ def micro_batches(step: int, accumulation: int) -> list[Batch]:
     return found
 
 
-def build(stage: int, accumulation: int, negatives: str):
+def build(stage: int, accumulation: int, negatives: str = "random", rate: float = RATE, **zero: object):
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -108,8 +111,8 @@ def build(stage: int, accumulation: int, negatives: str):
         "train_micro_batch_size_per_gpu": GROUP // (dist.get_world_size() * accumulation),
         "gradient_accumulation_steps": GROUPS * accumulation,
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        "optimizer": {"type": "SGD", "params": {"lr": RATE}},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
+        "optimizer": {"type": "SGD", "params": {"lr": rate}},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -154,6 +157,72 @@ def test_hard_negatives_are_others_than_random_ones_and_stay_when_prepared_again
     assert torch.equal(hard["texts"][:GROUP, :T], random["texts"][:GROUP, :T]), "CMCL's"
     assert not torch.equal(hard["texts"][GROUP : 2 * GROUP], random["texts"][GROUP : 2 * GROUP])
     assert model.prepare(hard) is hard and not model.draws(batch_of("text", positions_of(0, 0)))
+
+
+# --- Gradients of a cycle of tasks, at rate 0 -----------------------------------------------------------------
+
+CYCLE = STEPS[:3]  # a step leaves out parts that the one before has used: the decoder's memory of an image, CLCL's head
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+ALL_STAGES = [(0, {}), (1, {}), (2, {}), (3, {}), (3, OFFLOAD)]
+
+
+def true_gradients() -> list[dict[str, np.ndarray]]:
+    """Of each step, by plain PyTorch, of weights that never move; 0 where a step does not use one."""
+    model, found = make(), []
+    for step, kinds in enumerate(CYCLE):
+        model.zero_grad()
+        for group, kind in enumerate(kinds):
+            sum(model(batch_of(kind, positions_of(step, group)))[0].values()).backward()
+        gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+        found.append({name: gradient.numpy().copy() for name, gradient in gradients.items()})
+    return found
+
+
+def gradients(stage: int, zero: dict[str, object]) -> Iterator[dict[str, torch.Tensor]]:
+    """Of each step, as the engine's optimizer has them when it is called."""
+    from deepspeed.utils import safe_get_full_grad
+
+    engine, found, before = build(stage, 1, rate=0.0, **zero), {}, training_step.collect_gradients
+
+    def collect(engine) -> None:
+        before(engine)
+        for name, parameter in engine.module.named_parameters():
+            found[name] = safe_get_full_grad(parameter).clone()
+
+    training_step.collect_gradients = collect
+    for step in range(len(CYCLE)):
+        train_step(engine, micro_batches(step, 1), UniX2.losses, groups=GROUPS)
+        yield dict(found)
+    training_step.collect_gradients = before
+
+
+def assert_gradients(cases: list[tuple[int, dict]], expected: list[dict[str, np.ndarray]]) -> None:
+    for stage, zero in cases:
+        for step, (found, true) in enumerate(zip(gradients(stage, zero), expected, strict=True)):
+            assert found.keys() == true.keys()
+            for name, gradient in found.items():
+                what = f"ZeRO {stage} {zero}, {dist.get_world_size()} rank(s), step {step}, {name}"
+                oracle = torch.from_numpy(true[name])
+                torch.testing.assert_close(gradient, oracle, rtol=1e-4, atol=2e-6, msg=lambda m, w=what: f"{w}: {m}")
+
+
+def assert_wrong_without_the_guard(cases: list[tuple[int, dict]], expected: list[dict[str, np.ndarray]]) -> None:
+    training_step.clear_gradients = lambda engine: None
+    for case in cases:
+        with pytest.raises(AssertionError, match=r"ZeRO 3 .*, step [12], "):
+            assert_gradients([case], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_gradients_of_a_cycle_of_tasks_are_the_same_in_every_stage(world):
+    run_gloo_ranks(world, assert_gradients, ALL_STAGES, true_gradients())
+
+
+@pytest.mark.slow
+def test_deepspeed_alone_adds_gradients_of_the_step_before():
+    """When this fails, DeepSpeed clears them itself, and mug.run.training.stale_gradients can go."""
+    run_gloo_ranks(1, assert_wrong_without_the_guard, ALL_STAGES[3:], true_gradients())
 
 
 def assert_held_out_losses(expected: dict[str, float]) -> None:
