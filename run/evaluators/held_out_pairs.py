@@ -130,7 +130,7 @@ class PairReader:
 
     def report(self) -> None:
         """Warn of the pairs that all ranks have left out; a collective call."""
-        left_out = hardware.gather(self.left_out)
+        left_out = list(dict.fromkeys(hardware.gather(self.left_out)))  # some are read several times
         self.left_out.clear()
         if left_out:
             log.warning(
