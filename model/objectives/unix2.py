@@ -9,7 +9,7 @@ all texts packed, S fused sequences, F their states packed, K masked words, D wi
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from mug.model.captioning import CaptionTask, autoregressive, masked_language
 from mug.model.contrastive import LogitScale, gather, pair_loss
 from mug.model.encoder import Encoder
 from mug.model.generate import write
+from mug.model.likelihood import log_likelihoods
 from mug.model.multilingual import (
     FusionEncoder,
     MaskedHead,
@@ -32,7 +33,7 @@ from mug.model.multilingual import (
 from mug.model.objectives.objective import Batch, Context, CoupledObjective, Losses, Metrics, ObjectiveError
 from mug.model.presets import ModelConfigError
 from mug.model.text_decoder import CaptionHead, TextBlock, pack, packed_rows
-from mug.model.texts import as_source, hard_negatives, lengths_of, mismatched, split_prefix
+from mug.model.texts import as_source, as_target, hard_negatives, lengths_of, mismatched, split_prefix
 from mug.model.vit import Block, init_weights
 
 MAX_SCALE = 1000.0  # a temperature of 0.001, as in ALBEF
@@ -384,11 +385,18 @@ class UniX2(CoupledObjective):
             raise ObjectiveError("the model never learned to write captions: its loss_weights.vplm is 0")
 
     def caption(self, image_BCHW: Tensor, beams: int = 1, language: int = 0) -> Tensor:
-        ids, B = self.vocabulary.language_ids, len(image_BCHW)
-        nothing = [self.vocabulary.bos, self.vocabulary.eos, *ids[language : language + 1]]
-        source_BT = torch.tensor(nothing, device=image_BCHW.device).expand(B, -1)
-        memory_BLD, _ = self._memory(source_BT, self.encoder(image_BCHW))
-        return self._write(memory_BLD, language, beams)
+        first = self.vocabulary.language_ids[language : language + 1]
+        return self._write(self._memory_of_images(self.encoder(image_BCHW), first), language, beams)
+
+    def caption_log_likelihoods(self, image_BCHW: Tensor, tokens_CT: Tensor) -> Tensor:
+        """As of ScoresCaptions; the captions are sources, each to write in its language."""
+        image_BLD, target_CT = self.encoder(image_BCHW), as_target(tokens_CT, self.vocabulary)
+        found_BC = torch.empty(len(image_BLD), len(target_CT), device=image_BLD.device)
+        for first in target_CT[:, 0].unique().tolist():
+            memory_BLD = self._memory_of_images(image_BLD, [first] if self.languages else [])
+            here_C = target_CT[:, 0] == first
+            found_BC[:, here_C] = log_likelihoods(self.decoder, self.vocabulary.pad, memory_BLD, target_CT[here_C])
+        return found_BC
 
     def check_translations(self) -> None:
         if not {"mt", "mmmt"} & {*self.active}:
@@ -410,6 +418,11 @@ class UniX2(CoupledObjective):
         memory_BLD = x_FD.new_zeros(*kept_BL.shape, x_FD.shape[1])
         memory_BLD[kept_BL] = x_FD
         return memory_BLD, lengths_B
+
+    def _memory_of_images(self, image_BLD: Tensor, language: Sequence[int]) -> Tensor:
+        """Returns [B, L', D], the fused states of images without words, to write in the language of this token."""
+        nothing = [self.vocabulary.bos, self.vocabulary.eos, *language]
+        return self._memory(torch.tensor(nothing, device=image_BLD.device).expand(len(image_BLD), -1), image_BLD)[0]
 
     def _write(self, memory_BLD: Tensor, language: int, beams: int, lengths_B: Tensor | None = None) -> Tensor:
         """Returns what the decoder writes in a language: BOS … EOS PAD."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from plain import VOCABULARY, noisy, pairs
 
+from mug.model.multilingual import fused_rows
 from mug.model.objectives.objective import (
     Captions,
     Context,
@@ -20,6 +21,7 @@ from mug.model.presets import Vocabulary, resolve
 SIZES = {"image_size": 16, "patch_size": 4, "width": 16, "heads": 2, "depth": 2}
 SIZES |= {"pixel_width": 16, "pixel_depth": 1, "pixel_heads": 2, "text_width": 16, "text_heads": 2, "text_length": 8}
 SIZES |= {"text_unimodal_layers": 1, "text_cross_layers": 1, "text_layers": 1, "embedding_width": 8}
+SIZES |= {"fusion_layers": 1, "decoder_layers": 1}
 SIZES |= {"image_queries": 4, "parallel_share": 0.0, "kept_tokens": 1.0}  # in training, too, captions are of all tokens
 CONTEXT = Context(seed=3, vocabulary=Vocabulary(VOCABULARY, pad=0, bos=1, eos=2, mask=3))
 WRITERS = [name for name in objective_names() if hasattr(find_objective(name), "caption")]
@@ -42,6 +44,11 @@ def hidden(model: Objective, name: str, image: torch.Tensor, text_1T: torch.Tens
     if name == "genlip":
         words = {"words_BTD": model.token_embed(text_1T), "keys_B": torch.tensor([17]), "causal": True}
         return model.encoder(image, **words)
+    if name == "unix2":
+        nothing_12 = torch.tensor([[1, 2]])  # BOS EOS: no words beside the image
+        row_F, _ = fused_rows(torch.tensor([2]), 0, 17, 1)
+        memory_FD, _ = model._fuse(model.encoder(image), model._read(nothing_12)[0], row_F, torch.tensor([1 + 17 + 2]))
+        return model.decoder(text_1T, memory_FD[None])
     return model.text_decoder(text_1T, model.encoder(image))
 
 
@@ -60,7 +67,9 @@ def captions() -> torch.Tensor:
 def test_scores_are_a_plain_loop(name, images, captions):
     """One image and one caption at a time, each word given those before it alone."""
     model = make(name)
-    head = model.head if name == "genlip" else (model.decoder if name == "aimv2" else model.text_decoder).head
+    head = (
+        model.head if name in ("genlip", "unix2") else (model.decoder if name == "aimv2" else model.text_decoder).head
+    )
     assert isinstance(model, ScoresCaptions)
     found = model.caption_log_likelihoods(images, captions)
     assert found.shape == (2, 3) and found.dtype == torch.float32
@@ -92,7 +101,7 @@ def test_openvision2_scores_by_all_tokens_of_the_image(images, captions):
 
 
 def test_what_writes_no_captions_scores_none():
-    assert WRITERS == ["aimv2", "cappa", "coca", "genlip", "mug", "openvision2"]
+    assert WRITERS == ["aimv2", "cappa", "coca", "genlip", "mug", "openvision2", "unix2"]
     for name in ("m3ae", "clip", "mae"):
         assert not isinstance(make(name), ScoresCaptions | Captions)
 
