@@ -19,6 +19,24 @@ BATCH, GROUPS, STEPS, SEED = 24, 4, 12, 0
 LEGS = [(1, 1, 2, 6), (2, 2, 3, 14), (3, 3, 1, None)]
 KINDS = {"pairs": "cmcl", "bitext": "clcl", "text": "plm", "image_bitext": "mmmt"}  # and a loss that no other has
 
+BAD = {
+    "empty": ({"en": "picture", "de": " "}, "a text only in en, of data.language en,de"),
+    "long": ({"en": "picture " * 1_300_000, "de": "Bild"}, "10,400,038 bytes are more than 1,048,576"),
+    "code": ({"en": "picture", "dx": "Bild"}, "a text only in en, of data.language en,de"),
+}
+
+
+@pytest.fixture(scope="module")
+def translations(tmp_path_factory) -> dict[str, str]:
+    """The options of a stream of translations, of which some are bad."""
+    captions = {f"{i:02d}": {"en": f"picture number {i}", "de": f"Bild Nummer {i}"} for i in range(21)}
+    captions |= {key: texts for key, (texts, _) in BAD.items()}
+    table = [{"key": key, "json": json.dumps({"captions": texts})} for key, texts in captions.items()]
+    path = tmp_path_factory.mktemp("translations") / "shard.parquet"
+    pq.write_table(pa.Table.from_pylist(table), path)
+    tokenizer = ensure_languages(TextConfig().cache_folder())
+    return {"shards": str(path), "tokenizer": str(tokenizer), "language": "en,de"}
+
 
 def write_recipe(folder, name: str = "recipe", **streams: dict) -> list[str]:
     """The recipe of the embedded default, with a model of a few thousand weights; options that name it."""
@@ -39,8 +57,8 @@ def write_recipe(folder, name: str = "recipe", **streams: dict) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> list[str]:
-    return write_recipe(tmp_path_factory.mktemp("recipe"))
+def recipe(tmp_path_factory, translations) -> list[str]:
+    return write_recipe(tmp_path_factory.mktemp("recipe"), bitext=translations)
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +115,20 @@ def test_its_losses_are_those_of_an_undisturbed_run(disturbed, recipe, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_finished_run_takes_languages_and_streams_where_that_is_allowed(disturbed, tmp_path):
+def test_bad_translations_are_replaced_and_logged(disturbed):
     output, _ = disturbed
-    korean = write_recipe(tmp_path, "korean", pairs={"language": "en,de,fr,ja,zh,ko"})
-    more = write_recipe(tmp_path, "more", more={"kind": "text", "language": "ko", "weight": 4.0})
+    logged = [json.loads(line) for line in (output / "bad_samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {entry["key"] for entry in logged} == BAD.keys()
+    assert all(BAD[entry["key"]][1] in entry["reason"] for entry in logged)
+    assert rows(output, "train")[STEPS - 1]["bad_samples"] == len(logged) >= 6, "each epoch meets them again"
+
+
+@pytest.mark.slow
+def test_a_finished_run_takes_languages_and_streams_where_that_is_allowed(disturbed, translations, tmp_path):
+    output, _ = disturbed
+    pairs, text = {"language": "en,de,fr,ja,zh,ko"}, {"kind": "text", "language": "ko", "weight": 4.0}
+    korean = write_recipe(tmp_path, "korean", bitext=translations, pairs=pairs)
+    more = write_recipe(tmp_path, "more", bitext=translations, more=text)
     longer = ("--trainer.max_steps", str(STEPS + 2))
     refused = "change back, choose another --output, or resume with --allow_changes true"
     for options, named in (
@@ -114,30 +142,6 @@ def test_a_finished_run_takes_languages_and_streams_where_that_is_allowed(distur
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resuming after step {STEPS}" in done.stdout and "no stream data.more (now there)" in done.stdout
     assert [row["step"] for row in rows(output, "train")] == list(range(1, STEPS + 3))
-    state = json.loads((output / f"checkpoint-{STEPS + 2}" / "manifest.json").read_text())["data"]
+    state = json.loads((output / f"checkpoint-{STEPS + 2}" / "manifest.json").read_bytes())["data"]
     own = dict.fromkeys(KINDS, 1.0)
     assert state["phases"] == [[0, own], [STEPS * GROUPS, dict(sorted((own | {"more": 4.0}).items()))]]
-
-
-BAD = {
-    "empty": ({"en": "picture", "de": " "}, "a text only in en, of data.language en,de"),
-    "long": ({"en": "picture " * 1_300_000, "de": "Bild"}, "10,400,038 bytes are more than 1,048,576"),
-    "code": ({"en": "picture", "dx": "Bild"}, "a text only in en, of data.language en,de"),
-}
-
-
-@pytest.mark.slow
-def test_bad_translations_are_replaced_and_logged(tmp_path):
-    captions = {f"{i:02d}": {"en": f"picture number {i}", "de": f"Bild Nummer {i}"} for i in range(21)}
-    captions |= {key: texts for key, (texts, _) in BAD.items()}
-    table = [{"key": key, "json": json.dumps({"captions": texts})} for key, texts in captions.items()]
-    pq.write_table(pa.Table.from_pylist(table), tmp_path / "bitext.parquet")
-    own = {"shards": str(tmp_path / "bitext.parquet"), "language": "en,de"}
-    own["tokenizer"] = str(ensure_languages(TextConfig().cache_folder()))
-    recipe = write_recipe(tmp_path, bitext=own)
-    done = pretrain(tmp_path / "run", *recipe, config="ds_configs/zero1.json")
-    assert done.returncode == 0, done.stdout + done.stderr
-    logged = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
-    assert {entry["key"] for entry in logged} == BAD.keys()
-    assert all(BAD[entry["key"]][1] in entry["reason"] for entry in logged)
-    assert rows(tmp_path / "run", "train")[-1]["bad_samples"] == len(logged) >= 6, "each epoch meets them again"
