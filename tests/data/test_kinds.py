@@ -50,7 +50,9 @@ def test_kinds_are_found_by_their_names():
         module = find_kind(name)
         assert module.__name__ == f"mug.data.kinds.{name}"
         assert callable(module.open_train) and callable(module.open_held_out) and module.Config()
-    with pytest.raises(DataError, match=r"'pair' is not a kind of data: give one of .*labelled, pairs, questions, scenes"):
+    with pytest.raises(
+        DataError, match=r"'pair' is not a kind of data: give one of .*labelled, pairs, questions, scenes"
+    ):
         find_kind("pair")
 
 
