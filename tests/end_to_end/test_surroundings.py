@@ -73,7 +73,7 @@ def test_a_closed_terminal_leaves_a_checkpoint(tmp_path, launcher):
     output = tmp_path / "run"
     options = ["--deepspeed", ZERO3, "--output", str(output), *TOY, "--trainer.max_steps", "100000"]
     job = OnATerminal([*launcher, "run/pretrain.py", *options, "--data.workers", "1", "--trainer.eval_every", "100000"])
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not (output / "metrics.jsonl").exists() or len(rows(output, "train")) < 3:
         assert time.monotonic() < deadline and job.process.poll() is None
         time.sleep(0.1)
