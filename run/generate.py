@@ -155,7 +155,7 @@ def in_languages(options: Namespace, objective: Any, tokenizer: Any, found: Chec
         RunError: the objective does not write in one of them.
     """
     languages = tuple(part.strip() for part in options.languages.split(","))
-    known = objective.languages if isinstance(objective, CaptionsInLanguages) else ()
+    known = objective.languages() if isinstance(objective, CaptionsInLanguages) else ()
     if unknown := [one for one in languages if one not in known]:
         writes = f"it writes in {', '.join(known) or 'no language of choice'}"
         raise RunError(

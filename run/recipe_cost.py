@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
     options = parser.parse_args(arguments)
     if options.gpu not in PEAK_FLOPS:
         raise RunError(f"--gpu {options.gpu} is not one of {', '.join(PEAK_FLOPS)}")
-    check_min(options, {"words": 1, "vocabulary": 100}, "--")
+    check_min(options, {"words": 1, "vocabulary": 100, "samples": 1}, "--")
     check_fractions(options, "utilization")
     return options
 

@@ -220,7 +220,6 @@ class Captions(Protocol):
 class CaptionsInLanguages(Captions, Protocol):
     """Writes captions in several languages."""
 
-    @property
     def languages(self) -> tuple[str, ...]:
         """Returns the languages that it writes in; empty where its tokenizer has no tokens of languages."""
 
@@ -232,7 +231,6 @@ class CaptionsInLanguages(Captions, Protocol):
 class Translates(Protocol):
     """Translates texts, with an image or without."""
 
-    @property
     def languages(self) -> tuple[str, ...]:
         """Returns the languages that it writes in."""
 

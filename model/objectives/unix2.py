@@ -376,7 +376,6 @@ class UniX2(CoupledObjective):
         project = self.sentence_projection if "clcl" in self.active else self.text_projection
         return _unit(project(self._read(tokens_BT)[1]))
 
-    @property
     def languages(self) -> tuple[str, ...]:
         return self.vocabulary.languages
 
@@ -393,7 +392,7 @@ class UniX2(CoupledObjective):
         image_BLD, target_CT = self.encoder(image_BCHW), as_target(tokens_CT, self.vocabulary)
         found_BC = torch.empty(len(image_BLD), len(target_CT), device=image_BLD.device)
         for first in target_CT[:, 0].unique().tolist():
-            memory_BLD = self._memory_of_images(image_BLD, [first] if self.languages else [])
+            memory_BLD = self._memory_of_images(image_BLD, [first] if self.languages() else [])
             here_C = target_CT[:, 0] == first
             found_BC[:, here_C] = log_likelihoods(self.decoder, self.vocabulary.pad, memory_BLD, target_CT[here_C])
         return found_BC

@@ -105,7 +105,7 @@ class WrittenCaptions(Evaluator):
     @torch.inference_mode()
     def _write(self, objective: Any, pairs: list[Pair], language: str | None) -> list[tuple[int, dict[str, Any]]]:
         """Returns the number of each pair, and its line of captions.jsonl."""
-        of = {"language": objective.languages.index(language)} if chooses_language(objective) else {}
+        of = {"language": objective.languages().index(language)} if chooses_language(objective) else {}
         tokens_BT = objective.caption(images_of(pairs), self.config.beams, **of)
         tokenizer = self.context.tokenizer
         assert tokenizer is not None  # of the captions that it learned
@@ -118,7 +118,7 @@ class WrittenCaptions(Evaluator):
 
 def chooses_language(objective: object) -> bool:
     """Whether the objective writes in the language that it is told."""
-    return isinstance(objective, CaptionsInLanguages) and bool(objective.languages)
+    return isinstance(objective, CaptionsInLanguages) and bool(objective.languages())
 
 
 def score(

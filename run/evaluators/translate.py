@@ -76,7 +76,7 @@ class Translate(Evaluator):
     def check(self, objective: Any) -> None:
         super().check(objective)
         objective.check_translations()
-        if not objective.languages:
+        if not objective.languages():
             raise RunError("evaluation translate needs a tokenizer with tokens of languages")
 
     def run(self, subject: Subject) -> Result:
@@ -115,7 +115,7 @@ class Translate(Evaluator):
         assert tokenizer is not None  # of the texts that it learned
         texts = [pair.texts[source][0] for pair in pairs]
         source_BT = tokens_of(texts, tokenizer, objective.config.text_length, source)
-        number = objective.languages.index(target)
+        number = objective.languages().index(target)
         written_BT = objective.translate(source_BT, number, self.config.beams, image_BCHW)
         return [tokenizer.decode(row) for row in written_BT[:, 1:].tolist()]
 

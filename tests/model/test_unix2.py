@@ -277,7 +277,7 @@ def test_captions_are_written_as_they_were_learned(languages):
 def test_translations_of_any_length_are_those_of_each_alone(images):
     """The decoder sees an own text, and no padding; the words have the highest logits, all read at once."""
     model, batch = noisy(make()), batch_at("image_bitext", [1, 2, 3, 4])
-    assert isinstance(model, Translates) and model.languages == ("en", "de")
+    assert isinstance(model, Translates) and model.languages() == ("en", "de")
     p, image = parameters(model), batch["image"] if images else None
     lengths = [len(tokens_of(row)) for row in batch["source"]]
     assert len(set(lengths)) > 2

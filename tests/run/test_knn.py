@@ -93,8 +93,8 @@ def test_a_script_is_short_for_the_evaluation_of_its_name():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--eval is missing; give one or more of attentive_probe, captions"),
-        (["--eval", "knnn"], "'knnn' is not one of the evaluations attentive_probe, captions"),
+        ([], "--eval is missing; give one or more of answers, attentive_probe, captions"),
+        (["--eval", "knnn"], "'knnn' is not one of the evaluations answers, attentive_probe, captions"),
         (["--eval", "knn"], "knn.data"),
         (["--eval", "retrieval", "--retrieval.limit", "0"], "--retrieval.limit must be at least 1, not 0"),
         (["--eval", "retrieval", "--captions.beams", "2"], "captions.beams"),

@@ -49,7 +49,9 @@ def test_captions_are_marked_and_escaped():
 class Writes(torch.nn.Module):
     """Writes the true caption in German and English, an English one in Japanese."""
 
-    languages = LANGUAGES
+    def languages(self) -> tuple[str, ...]:
+        return LANGUAGES
+
     config = SimpleNamespace(image_size=16)
 
     def __init__(self, tokenizer: Tokenizer):

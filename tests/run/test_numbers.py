@@ -75,6 +75,7 @@ def written(kind: Any, value: str) -> str:
 
 REQUIRED = {"build_shards": ["fashion-mnist", "--out", "x"], "train_tokenizer": ["x", "--out", "x"]}
 REQUIRED |= {"index_shards": ["x", "--out", "x"], "knn": ["x", "--data", "x"], "linear_probe": ["x", "--data", "x"]}
+REQUIRED |= {"recipe_cost": ["run/recipes/unix2/base.yaml"]}
 REQUIRED |= {"caption_eval": ["x"], "generate": ["x"], "evaluate": ["x", "--eval", "losses"]}
 REQUIRED |= {
     "benchmark": ["run/studies/quick.yaml"],

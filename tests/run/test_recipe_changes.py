@@ -61,7 +61,9 @@ def test_a_key_that_came_with_a_later_version_is_no_change():
 
 
 def test_what_is_free_exists():
-    recipes = [dataclasses.asdict(recipe_of(command)) for command in ("pretrain", "finetune", "segment")]
+    answer = "finetune", "--config", "run/recipes/answer/statements_tiny.yaml"
+    commands = ("pretrain",), ("finetune",), ("segment",), answer
+    recipes = [dataclasses.asdict(recipe_of(*command)) for command in commands]
     for name in MUTABLE_ON_RESUME:
         section, _, key = name.partition(".")
         assert any(section in recipe and (not key or key in recipe[section]) for recipe in recipes), name

@@ -37,9 +37,9 @@ def test_each_run_leaves_out_one_task_and_has_the_recipes_data(plan):
         recipe = parse("pretrain", jobs[f"pre-train {name} 0"].command[1:]).recipe
         assert {*UniX2.losses} - {*recipe.active_losses} == left_out, name
         assert {*KINDS} - {*recipe.data} == ({"image_bitext"} if "mmmt" in left_out else set()), name
-        assert (recipe.trainer.global_batch, recipe.trainer.groups, recipe.trainer.max_steps) == (64, 2, 800)
-    judged = [name for name in jobs if name.startswith(("retrieval", "captions"))]
-    assert len(judged) == 2 * len(LEFT_OUT)
+        assert (recipe.trainer.global_batch, recipe.trainer.groups, recipe.trainer.max_steps) == (128, 4, 560)
+    judged = [name for name in jobs if name.startswith(("retrieval", "captions", "translation"))]
+    assert len(judged) == 3 * len(LEFT_OUT)
 
 
 def test_every_run_is_compared_with_all_tasks(plan):
