@@ -49,14 +49,14 @@ def test_captions_are_marked_and_escaped():
 class Writes(torch.nn.Module):
     """Writes the true caption in German and English, an English one in Japanese."""
 
-    def languages(self) -> tuple[str, ...]:
-        return LANGUAGES
-
     config = SimpleNamespace(image_size=16)
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__()
         self.tokenizer = tokenizer
+
+    def languages(self) -> tuple[str, ...]:
+        return LANGUAGES
 
     def check_captions(self) -> None:
         pass
