@@ -81,7 +81,8 @@ def test_a_closed_terminal_leaves_a_checkpoint(tmp_path, launcher):
     ranks = [one for one in [started, *started.children(recursive=True)] if one.environ().get("LOCAL_RANK")]
     job.close()
     status = job.process.wait(120)
-    assert status == (75 if launcher == PYTHON else -signal.SIGHUP)  # DeepSpeed's launcher does not answer
+    # DeepSpeed's launcher does not answer, unless its ranks have ended before the signal reaches it.
+    assert status in ([75] if launcher == PYTHON else [-signal.SIGHUP, 75])
     assert not psutil.wait_procs(ranks, timeout=120)[1]
     found = checkpoint.newest(output, warn=pytest.fail)
     assert found.step >= 3 and not list(output.glob("*.partial"))
