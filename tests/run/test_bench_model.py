@@ -23,19 +23,19 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_rows_hold_speed_share_and_where_the_time_goes(tmp_path):
     file = tmp_path / "rows.jsonl"
-    options = ("--preset", "tiny", "--batch", "4", "--steps", "2", "--device", "cpu", "--json", str(file))
+    options = ("--preset", "tiny", "--batch", "16", "--steps", "2", "--device", "cpu", "--json", str(file))
     options += ("--activation_checkpointing", "elementwise")
     command = [sys.executable, "run/bench_model.py", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     machine, row = (json.loads(line) for line in file.read_text().splitlines())
-    assert row["images_per_s"] == pytest.approx(4 / (row["step_ms"] / 1e3))
+    assert row["images_per_s"] == pytest.approx(16 / (row["step_ms"] / 1e3))
     # Captions fill half of the 24 tokens and one more.
     flops = sum(stage_flops(resolve(MUGConfig("tiny")), 30522, 13).values())
     assert row["mfu"] == pytest.approx(flops * row["images_per_s"] / (machine["matmul_tflops"] * 1e12))
-    assert row["profile"]["matrix products"] > 0.2  # of so small a model, little else is sure
+    assert row["profile"]["matrix products"] == max(row["profile"].values())
     assert sum(row["profile"].values()) > 0.99
-    assert "tiny, elementwise recomputed, batch 4: " in done.stdout
+    assert "tiny, elementwise recomputed, batch 16: " in done.stdout
     assert f"{row['images_per_s']:.0f} images/s, MFU {100 * row['mfu']:.1f}%" in done.stdout
 
 
