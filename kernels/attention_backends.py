@@ -149,8 +149,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
 def sdpa(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
     """PyTorch's scaled_dot_product_attention."""
     if masks.cu_seqlens_q is not None:
-        one_by_one = q.is_cpu and not torch.compiler.is_compiling()
-        return (_each if one_by_one else _padded)(sdpa, q, k, v, masks)
+        lengths_known = q.is_cpu and not torch.compiler.is_compiling()
+        return (_by_length if lengths_known else _padded)(sdpa, q, k, v, masks)
     causal, keep = masks.causal, None
     if masks.kv_lengths is not None:
         keep = _real_keys(masks.kv_lengths, k.shape[1])
@@ -198,15 +198,22 @@ def _real_keys(kv_lengths: Tensor, Nk: int) -> Tensor:
     return (torch.arange(Nk, device=kv_lengths.device) < kv_lengths[:, None])[:, None, None]
 
 
-def _each(run, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
-    """Packed sequences one by one, where calls are cheap and the host may read the lengths: no padding, and no mask."""
+def _by_length(run, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
+    """Packed sequences of equal lengths together, where the host may read the lengths: no padding, and no mask."""
     q_lengths, k_lengths = (starts.diff().tolist() for starts in masks.starts)
     real = k_lengths if masks.kv_lengths is None else map(min, k_lengths, masks.kv_lengths.tolist())
+    alike: dict[tuple[int, int, int], list[int]] = {}
+    for b, lengths in enumerate(zip(q_lengths, k_lengths, real, strict=True)):
+        alike.setdefault(lengths, []).append(b)
+    q_B, k_B, v_B = q.split(q_lengths), k.split(k_lengths), v.split(k_lengths)
     dense = masks._replace(cu_seqlens_q=None, cu_seqlens_k=None, kv_lengths=None)
-    outs = []
-    for q_b, k_b, v_b, n in zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), real, strict=True):
-        outs.append(run(q_b[None], k_b[None, :n], v_b[None, :n], dense)[0] if n and len(q_b) else 0 * q_b)
-    return torch.cat(outs)
+    out_B = list(q_B)
+    for (Nq, _, Nk), members in alike.items():
+        q_GNHD, k_GNHD, v_GNHD = (torch.stack([x_B[b] for b in members]) for x_B in (q_B, k_B, v_B))
+        out_GNHD = run(q_GNHD, k_GNHD[:, :Nk], v_GNHD[:, :Nk], dense) if Nq and Nk else 0 * q_GNHD
+        for b, out_NHD in zip(members, out_GNHD.unbind(), strict=True):
+            out_B[b] = out_NHD
+    return torch.cat(out_B)
 
 
 def _padded(run, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
