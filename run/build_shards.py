@@ -25,61 +25,38 @@ split.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jsonargparse import Namespace
 
-from mug.data.builders import fashion_mnist, openclipart
-from mug.data.builders.cldr import cldr_pairs, read_cldr
-from mug.data.builders.debian_descriptions import read_descriptions
-from mug.data.builders.digits import digit_pairs
-from mug.data.builders.fashion_mnist import fashion_mnist_pairs
-from mug.data.builders.flags import flag_pairs, read_flags
-from mug.data.builders.gemojione import gemojione_pairs
-from mug.data.builders.gimp_help import gimp_help_pairs, read_gimp_help, read_gimp_help_texts
-from mug.data.builders.libreoffice_help import read_libreoffice_help
-from mug.data.builders.manuals import of_pages
-from mug.data.builders.multi30k import multi30k_pairs, multi30k_splits
-from mug.data.builders.openclipart import find_openclipart, openclipart_pairs
-from mug.data.builders.openmoji import openmoji_pairs
-from mug.data.builders.oxygen import oxygen_pairs
-from mug.data.builders.papirus import papirus_pairs
-from mug.data.builders.public_questions import xgqa_samples, xvnli_samples
-from mug.data.builders.raw_pairs import folder_pairs, parquet_pairs, prepared, seen_in_parquet
-from mug.data.builders.scene_questions import scene_question_samples
-from mug.data.builders.shuffled import shuffled_pairs
-from mug.data.builders.statements import read_drawings, statement_samples
-from mug.data.builders.tatoeba import read_tatoeba
-from mug.data.builders.udhr import read_udhr
-from mug.data.builders.wesnoth_pictures import wesnoth_picture_pairs
-from mug.data.builders.wesnoth_units import wesnoth_unit_pairs
-from mug.data.builders.writers import Sample, is_held_out, of_keys, replacing, write_shards
+from mug.data.builders.raw_pairs import prepared, seen_in_parquet
+from mug.data.builders.sources import SOURCES
+from mug.data.builders.writers import Sample, replacing, write_shards
 from mug.data.captions import LOST
 from mug.data.left_out import LeftOut
 from mug.run.common.command_line import Parser
 from mug.run.common.console import Console, run_command
 from mug.run.common.errors import RunError
 
-Pairs = Callable[[Callable[[str], bool]], Iterator[Sample]]  # whether a key or group is wanted → its pairs
-
 
 def main(console: Console) -> None:
     options = parse()
+    source, place = SOURCES[options.kind], options.source and Path(options.source)
     left_out = LeftOut()
-    pairs = open_source(options, left_out)
+    pairs = source.pairs(place, options.caption, left_out)
     out = make_folder(Path(options.out))
     tally = Tally()
-    for split in split_names(options):
-        wanted = partial(DIVIDES.get(options.kind, belongs), split=split, share=options.held_out)
+    for split in source.splits(place, options.held_out):
+        wanted = partial(source.belongs, split=split, share=options.held_out)
         some = itertools.islice(prepared(pairs(wanted), options.image_size, left_out), options.most)
         samples = tally.counting(some)
         for path, count in write_shards(samples, out, f"{split}-", options.format, options.samples_per_shard):
             console.info(f"{path}  {count} pairs")
-        if split == "train" and options.kind in ANSWERED:
+        if split == "train" and source.answered:
             write_labels(out / "labels.txt", tally.labels, console)
     if not tally.pairs:
         raise RunError(f"{options.source or options.kind}: no images to write{left_out_line(left_out)}")
@@ -95,7 +72,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
         RunError: an unknown flag, a missing source, or a number out of range.
     """
     parser = Parser(prog="build_shards.py", description=__doc__.splitlines()[0])
-    parser.add_argument("kind", type=str, choices=[*KINDS], help="what to read")
+    parser.add_argument("kind", type=str, choices=[*SOURCES], help="what to read")
     parser.add_argument(
         "source", type=str, nargs="?", help="folder, Parquet file or shards; left out, where Debian puts its own"
     )
@@ -114,7 +91,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
         help="column (parquet) or extension (folder, as caption.txt) of the captions; the usual ones if left out",
     )
     options = parser.parse_args(arguments)
-    if options.source is None and options.kind in NEED_SOURCE:
+    if options.source is None and SOURCES[options.kind].needed:
         raise RunError(f"{options.kind} needs a source: give a folder or file after it")
     for name in ("samples_per_shard", "image_size", "most"):
         if options[name] is not None and options[name] < 1:
@@ -122,60 +99,6 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     if not 0 <= options.held_out < 1:
         raise RunError(f"--held_out must be 0 or more and less than 1, not {options.held_out}")
     return options
-
-
-def open_source(options: Namespace, left_out: LeftOut) -> Pairs:
-    """Returns the source of the pairs; what is not a pair there is counted in `left_out`."""
-    return KINDS[options.kind](options.source and Path(options.source), options.caption, left_out)
-
-
-# Kind → function of (source, name of the captions, what is left out) that returns the pairs.
-KINDS: dict[str, Callable[[Any, str | None, LeftOut], Pairs]] = {
-    "folder": lambda source, caption, left_out: partial(folder_pairs, source, caption, left_out),
-    "parquet": lambda source, caption, left_out: partial(parquet_pairs, source, caption),
-    "shuffled": lambda source, caption, left_out: partial(shuffled_pairs, str(source)),
-    "openmoji": lambda source, caption, left_out: openmoji_pairs,
-    "digits": lambda source, caption, left_out: digit_pairs,
-    "gemojione": lambda source, caption, left_out: partial(gemojione_pairs, source, left_out),
-    "oxygen": lambda source, caption, left_out: partial(oxygen_pairs, source),
-    "papirus": lambda source, caption, left_out: partial(papirus_pairs, source),
-    "wesnoth-pictures": lambda source, caption, left_out: partial(wesnoth_picture_pairs, source, left_out),
-    "wesnoth-units": lambda source, caption, left_out: partial(wesnoth_unit_pairs, source, left_out),
-    "openclipart": lambda source, caption, left_out: partial(
-        openclipart_pairs, find_openclipart(source or openclipart.INSTALLED), left_out
-    ),
-    "fashion-mnist": lambda source, caption, left_out: partial(fashion_mnist_pairs, source or fashion_mnist.INSTALLED),
-    "cldr": lambda source, caption, left_out: partial(cldr_pairs, read_cldr(source, left_out)),
-    "debian-descriptions": lambda source, caption, left_out: partial(of_keys, read_descriptions(source, left_out)),
-    "udhr": lambda source, caption, left_out: partial(of_keys, read_udhr(source, left_out)),
-    "tatoeba": lambda source, caption, left_out: partial(of_keys, list(read_tatoeba(source, left_out))),
-    "multi30k": lambda source, caption, left_out: partial(multi30k_pairs, source, left_out),
-    "libreoffice-help": lambda source, caption, left_out: partial(of_pages, read_libreoffice_help(source, left_out)),
-    "gimp-help": lambda source, caption, left_out: partial(gimp_help_pairs, read_gimp_help(source, left_out)),
-    "gimp-help-texts": lambda source, caption, left_out: partial(of_pages, read_gimp_help_texts(source, left_out)),
-    "flags": lambda source, caption, left_out: partial(flag_pairs, read_flags(source, left_out)),
-    "statements": lambda source, caption, left_out: partial(
-        statement_samples, read_drawings(source, left_out), left_out
-    ),
-    "scene-questions": lambda source, caption, left_out: scene_question_samples,
-    "xvnli": lambda source, caption, left_out: partial(xvnli_samples, source, left_out),
-    "xgqa": lambda source, caption, left_out: partial(xgqa_samples, source, left_out),
-}
-NEED_SOURCE = ("folder", "parquet", "shuffled", "cldr", "debian-descriptions", "udhr", "tatoeba", "multi30k")
-NEED_SOURCE += ("libreoffice-help", "gimp-help", "gimp-help-texts", "flags", "statements", "xvnli", "xgqa")
-OWN_SPLITS = {"multi30k": multi30k_splits}  # kind → function of its source that returns their names
-CAPTION_NAMED = ("folder", "parquet")  # kinds whose captions have the name that --caption gives
-
-
-def split_names(options: Namespace) -> list[str]:
-    """Returns the splits to write.
-
-    Raises:
-        DataError: the source has none of those that its kind has.
-    """
-    if options.kind in OWN_SPLITS:
-        return OWN_SPLITS[options.kind](Path(options.source))
-    return ["train", "held_out"] if options.held_out else ["train"]
 
 
 def make_folder(out: Path) -> Path:
@@ -187,32 +110,6 @@ def make_folder(out: Path) -> Path:
     except OSError as error:
         raise RunError(f"--out {out} cannot be created: {error.strerror}") from error
     return out
-
-
-def belongs(name: str, split: str, share: float) -> bool:
-    """Whether the pair of this key or group goes into this split."""
-    return is_held_out(name, share) == (split == "held_out")
-
-
-def belongs_officially(key: str, split: str, share: float) -> bool:
-    """Whether the picture of this key is of this split, where the data set has made them; the share is its own."""
-    return key.startswith("t10k/") == (split == "held_out")
-
-
-def belongs_to_evaluation(key: str, split: str, share: float) -> bool:
-    """Whether the split is that of evaluation, for which everything is."""
-    return split == "held_out"
-
-
-def belongs_by_its_key(key: str, split: str, share: float) -> bool:
-    """Whether the sample of this key, SPLIT/…, is of this split; the share is its builder's."""
-    return key.startswith(f"{split}/")
-
-
-DIVIDES = {"fashion-mnist": belongs_officially}
-DIVIDES |= dict.fromkeys(("udhr", "tatoeba"), belongs_to_evaluation)
-DIVIDES |= dict.fromkeys(("multi30k", "scene-questions", "xvnli", "xgqa"), belongs_by_its_key)
-ANSWERED = ("statements", "scene-questions", "xvnli", "xgqa")  # kinds whose json has an answer as `label`
 
 
 @dataclass
@@ -245,7 +142,7 @@ def caption_warnings(tally: Tally, options: Namespace) -> Iterator[str]:
     if tally.undecoded:
         lost, first = len(tally.undecoded), tally.undecoded[0]
         yield f"{lost} captions are not UTF-8 and lost letters, the first of '{first}': convert them, and build again"
-    if options.kind in CAPTION_NAMED and 2 * tally.captioned < tally.pairs:
+    if SOURCES[options.kind].names_captions and 2 * tally.captioned < tally.pairs:
         seen = f", one of {seen_in_parquet(Path(options.source))}" if options.kind == "parquet" else ""
         few = f"only {tally.captioned}" if tally.captioned else "none"
         yield f"{few} of {tally.pairs} pairs have a caption: name the column or extension by --caption{seen}"
