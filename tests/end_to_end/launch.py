@@ -13,7 +13,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `commands`, without pytest too
 
-from commands import run_script
+from commands import run_on_ranks, run_script
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -39,6 +39,11 @@ def torchrun(ranks: int) -> list[str]:
     return [str(BIN / "torchrun"), "--nproc-per-node", str(ranks), "--master-port", free_port()]
 
 
+def forks(ranks: int) -> list[str]:
+    """torchrun's ranks without a launcher and imports of their own: where these are not what is tested."""
+    return ["forks", str(ranks), free_port()]
+
+
 # A model of a few thousand weights on a handful of pairs a step: what matters here is the machinery around it.
 TOY = [
     *("--model.width", "32", "--model.depth", "2", "--model.heads", "2"),
@@ -61,6 +66,8 @@ def run(command: list[str]) -> subprocess.CompletedProcess:
     """Run a script of the project, or a launcher with one, to its end."""
     if command[0].startswith("run/"):
         return run_script(*command, env=environment())
+    if command[0] == "forks":
+        return run_on_ranks(int(command[1]), *command[2:], env=environment())
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
 
 

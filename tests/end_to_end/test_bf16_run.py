@@ -3,7 +3,7 @@
 import subprocess
 
 import pytest
-from launch import PYTHON, ROOT, TOY, environment, kill_at_a_row, losses, pretrain, rows, torchrun
+from launch import PYTHON, ROOT, TOY, environment, forks, kill_at_a_row, losses, pretrain, rows, torchrun
 
 from mug.run.state import checkpoint
 
@@ -26,8 +26,7 @@ LIVES = {  # DeepSpeed configuration and ranks
 
 
 def run(output, config: str, ranks: int, *options: str) -> str:
-    launcher = torchrun(ranks) if ranks > 1 else PYTHON
-    done = pretrain(output, *OPTIONS, *options, launcher=launcher, config=f"ds_configs/{config}.json")
+    done = pretrain(output, *OPTIONS, *options, launcher=forks(ranks), config=f"ds_configs/{config}.json")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from launch import TOY, losses, pretrain, rows, torchrun
+from launch import TOY, forks, losses, pretrain, rows
 
 BATCH = 24
 OPTIONS = [
@@ -24,7 +24,7 @@ LEGS = {
 def leg(output, ranks: int, stage: int, steps: int, *options: str) -> str:
     config = f"ds_configs/zero{stage}.json"
     maximum = ("--trainer.max_steps", str(steps))
-    launcher = [*torchrun(ranks), "tests/end_to_end/witness.py"]
+    launcher = [*forks(ranks), "tests/end_to_end/witness.py"]
     done = pretrain(output, *OPTIONS, *maximum, *options, launcher=launcher, config=config)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import PYTHON, ROOT, TOY, ZERO3, environment, losses, pretrain, rows, run, torchrun
+from launch import PYTHON, ROOT, TOY, ZERO3, environment, forks, losses, pretrain, rows, run
 
 from mug.run.state import checkpoint
 from mug.run.state.sharded_state import WEIGHT, ParamSlice, SavedState
@@ -137,7 +137,7 @@ def test_bf16_is_near_fp32(tmp_path, images):
 @pytest.mark.slow
 def test_ranks_give_the_same_losses_where_images_are_not_mixed(tmp_path, images):
     curves = []
-    for name, launcher in (("one", PYTHON), ("two", torchrun(2))):
+    for name, launcher in (("one", PYTHON), ("two", forks(2))):
         done = finetune(tmp_path / name, images, *UNMIXED, launcher=launcher, config="zero3")
         assert done.returncode == 0, done.stdout + done.stderr
         curves.append(losses(tmp_path / name) + losses(tmp_path / name, "eval"))
@@ -149,7 +149,7 @@ def test_ranks_give_the_same_losses_where_images_are_not_mixed(tmp_path, images)
 def test_begins_with_the_encoder_that_two_ranks_pretrained(tmp_path, images):
     sizes = ["--model.image_size", "16", "--model.patch_size", "8", "--trainer.max_steps", "2"]
     neighbours = ["--evals.knn.data", f"fashion-mnist:{images}", "--evals.knn.k", "[5]"]
-    done = pretrain(tmp_path / "pretrained", *TOY, *sizes, *neighbours, launcher=torchrun(2), config=ZERO3)
+    done = pretrain(tmp_path / "pretrained", *TOY, *sizes, *neighbours, launcher=forks(2), config=ZERO3)
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = rows(tmp_path / "pretrained", "eval")
     assert 0 <= row["accuracy/knn, class token, k = 5"] <= 1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launch import DRAWINGS, ROOT, TOY, ZERO3, deepspeed, environment, free_port, losses, pretrain, torchrun
+from launch import DRAWINGS, ROOT, TOY, ZERO3, deepspeed, environment, forks, free_port, losses, pretrain, torchrun
 
 from mug.run.cluster.rank_monitor import HEARTBEAT_SECONDS
 from mug.run.state import checkpoint
@@ -73,7 +73,7 @@ def wait_for_rows(output: Path, count: int) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = pretrain(output, *OPTIONS, launcher=torchrun(2))
+    done = pretrain(output, *OPTIONS, launcher=forks(2))
     assert done.returncode == 0, done.stdout + done.stderr
     return losses(output)
 
@@ -92,7 +92,7 @@ def test_one_rank_is_asked_to_end(tmp_path, undisturbed, number):
     assert found.step < STEPS and len(found.manifest["files"]) == 7  # three of each rank, and the tokenizer
     line = f"{number.name}: step {found.step} is saved; rerun the same command to resume"
     assert line in ranks[0].text() and not ranks[1].text()
-    done = pretrain(output, *OPTIONS, launcher=torchrun(2))
+    done = pretrain(output, *OPTIONS, launcher=forks(2))
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resuming after step {found.step}" in done.stdout
     assert losses(output) == undisturbed

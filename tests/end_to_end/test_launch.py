@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from launch import PYTHON, TOY, deepspeed, losses, pretrain, rows, torchrun
+from launch import PYTHON, TOY, deepspeed, forks, losses, pretrain, rows, torchrun
 
 STEPS = ("--trainer.max_steps", "3", *TOY)
 
@@ -24,8 +24,8 @@ def test_trains_on_the_embedded_default(tmp_path, launcher):
 
 @pytest.mark.slow
 def test_zero_stages_and_ranks_give_the_same_losses(tmp_path):
-    runs = {f"zero{stage}": (f"ds_configs/zero{stage}.json", PYTHON) for stage in range(4)}
-    runs["zero3 on two ranks"] = ("ds_configs/zero3.json", torchrun(2))
+    runs = {f"zero{stage}": (f"ds_configs/zero{stage}.json", forks(1)) for stage in range(4)}
+    runs["zero3 on two ranks"] = ("ds_configs/zero3.json", forks(2))
     curves = {}
     for name, (config, launcher) in runs.items():
         done = pretrain(tmp_path / name, *TOY, "--trainer.max_steps", "20", config=config, launcher=launcher)
@@ -69,7 +69,7 @@ def test_zero3_loses_nothing_by_computing_again_in_backward(tmp_path):
 def test_a_loss_of_weight_0_is_not_computed_under_any_zero_stage(tmp_path, left_out, weights):
     options = ("--loss_weights.pixels", str(weights[0]), "--loss_weights.caption", str(weights[1]), *STEPS)
     curves = {}
-    for config, launcher in (("zero0", PYTHON), ("zero1", torchrun(2)), ("zero3", torchrun(2))):
+    for config, launcher in (("zero0", forks(1)), ("zero1", forks(2)), ("zero3", forks(2))):
         done = pretrain(tmp_path / config, *options, config=f"ds_configs/{config}.json", launcher=launcher)
         assert done.returncode == 0, done.stdout + done.stderr
         curves[config] = losses(tmp_path / config) + losses(tmp_path / config, "eval")

@@ -6,7 +6,7 @@ import re
 import subprocess
 
 import pytest
-from launch import PYTHON, ROOT, TOY, deepspeed, environment, losses, pretrain, rows, torchrun
+from launch import TOY, deepspeed, forks, losses, pretrain, rows, run
 
 from mug.run.state import checkpoint
 
@@ -25,7 +25,7 @@ POISONED = ["tests/end_to_end/poisoned.py"]
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = pretrain(output, *OPTIONS, launcher=torchrun(2))
+    done = pretrain(output, *OPTIONS, launcher=forks(2))
     assert done.returncode == 0, done.stdout + done.stderr
     return output
 
@@ -35,9 +35,8 @@ def digests(output, step: int) -> dict[str, str]:
     return checkpoint.verify(output / f"checkpoint-{step}").manifest["digests"]
 
 
-def replay(bundle, launcher=PYTHON) -> subprocess.CompletedProcess:
-    command = [*launcher, "run/replay.py", str(bundle)]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+def replay(bundle) -> subprocess.CompletedProcess:
+    return run([*forks(1), *POISONED, "run/replay.py", str(bundle)])
 
 
 @pytest.mark.slow
@@ -59,13 +58,13 @@ def test_training_stops_before_the_update(tmp_path, monkeypatch, undisturbed, sa
     assert len(ran) == 4 and sorted(p for one in ran for p in range(*one["positions"])) == list(range(16, 24))
     assert [(one["rank"], BAD in range(*one["positions"])) for one in bad] == [(1, True)]
 
-    again = replay(bundle, [*PYTHON, *POISONED])  # one rank runs what two ran
+    again = replay(bundle)  # one rank runs what two ran
     assert again.returncode == 0, again.stdout + again.stderr
     pixels = bad[0]["losses"]["pixels"]
     assert f"rank 1, positions 21 to 23 by 2: pixels {pixels} ({pixels} in the run), caption nan (nan" in again.stdout
     assert "step 3: 4 of 4 micro-batches gave the losses of the run; the gradient is not finite" in again.stdout
     monkeypatch.setenv("POISON", "-1")  # had it been the machine's fault
-    healthy = replay(bundle, [*PYTHON, *POISONED])
+    healthy = replay(bundle)
     assert healthy.returncode == 1
     assert "step 3: 3 of 4 micro-batches gave the losses of the run; the gradient is finite" in healthy.stdout
 
@@ -74,7 +73,7 @@ def test_training_stops_before_the_update(tmp_path, monkeypatch, undisturbed, sa
 def test_a_batch_is_skipped_and_the_run_that_is_killed_afterwards_knows(tmp_path, monkeypatch, undisturbed):
     monkeypatch.setenv("POISON", f"{BAD}:inf")
     skip = ("--faults.nonfinite", "skip", "--faults.max_skips", "1")
-    done = pretrain(tmp_path, *OPTIONS, *skip, "--trainer.max_steps", "3", launcher=[*torchrun(2), *POISONED])
+    done = pretrain(tmp_path, *OPTIONS, *skip, "--trainer.max_steps", "3", launcher=[*forks(2), *POISONED])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "its batch is skipped" in done.stdout
     assert digests(tmp_path, 3) == digests(tmp_path, 2)
@@ -85,7 +84,7 @@ def test_a_batch_is_skipped_and_the_run_that_is_killed_afterwards_knows(tmp_path
     assert [row["position"] for row in curve] == [8, 16, 24] and curve[2]["loss/total"] is None
 
     monkeypatch.setenv("POISON", f"{BAD + BATCH}")  # once more is once too often, although the run was started anew
-    done = pretrain(tmp_path, *OPTIONS, *skip, launcher=[*torchrun(2), *POISONED])
+    done = pretrain(tmp_path, *OPTIONS, *skip, launcher=[*forks(2), *POISONED])
     assert done.returncode != 0 and "error: loss or gradient of step 4 is not finite" in done.stderr
     assert digests(tmp_path, 3) == digests(undisturbed, 2)
 
@@ -99,7 +98,7 @@ def test_the_very_first_batch_is_skipped(tmp_path, monkeypatch):
         done = pretrain(
             tmp_path,
             *(*options, "--trainer.max_steps", steps),
-            launcher=[*PYTHON, *POISONED],
+            launcher=[*forks(1), *POISONED],
             config="ds_configs/zero0.json",
         )
         assert done.returncode == 0, done.stdout + done.stderr
@@ -116,7 +115,7 @@ def test_a_spike_is_undone_and_what_led_to_it_is_skipped(tmp_path, monkeypatch):
     monkeypatch.setenv("POISON", f"{10 * BATCH + 5}:1e4")
     spikes = ("--faults.spike_factor", "3", "--faults.spike_checkpoints", "2", "--checkpoint.every_steps", "4")
     options = (*OPTIONS, "--trainer.max_steps", "13", *spikes)
-    done = pretrain(tmp_path, *options, launcher=[*deepspeed(1), *POISONED])
+    done = pretrain(tmp_path, *options, launcher=[*forks(1), *POISONED])
     assert done.returncode == 75
     assert re.search(
         r"the loss of step 11, .* is a spike .*: rolled back to the state of step 4, positions 32 to 87", done.stdout
@@ -124,7 +123,7 @@ def test_a_spike_is_undone_and_what_led_to_it_is_skipped(tmp_path, monkeypatch):
     assert digests(tmp_path, 11) == digests(tmp_path, 4)
     assert checkpoint.verify(tmp_path / "checkpoint-11").manifest["data"]["skipped"] == [[32, 88]]
 
-    done = pretrain(tmp_path, *options, launcher=[*deepspeed(1), *POISONED])
+    done = pretrain(tmp_path, *options, launcher=[*forks(1), *POISONED])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming after step 11" in done.stdout
     curve = losses(tmp_path)
@@ -140,5 +139,5 @@ def test_a_spike_is_undone_and_what_led_to_it_is_skipped(tmp_path, monkeypatch):
 def test_what_is_no_bundle_is_one_line(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     for name, says in {"x.json": "is not a replay bundle", "y.json": "No such file"}.items():
-        done = replay(tmp_path / name)
+        done = run(["run/replay.py", str(tmp_path / name)])
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and says in done.stderr
