@@ -113,3 +113,17 @@ def test_make_refuses_a_missing_python(tmp_path):
     command = ["make", "-C", ROOT, "check", "PYTHON=python3.none", f"VENV={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: python3.none is not installed: install Python 3.11")
+
+
+def test_what_uv_cannot_install_pip_does(set_up, tmp_path):
+    """And where neither can, one line says what failed."""
+    done = tmp_path / "done"
+    set_up.run(["false"], ["touch", str(done)])
+    assert done.is_file()
+    with pytest.raises(SystemExit, match=r"^set-up failed at: false twice; behind a proxy set HTTPS_PROXY"):
+        set_up.run(["false", "once"], ["false", "twice"])
+
+
+def test_there_may_be_no_uv_for_this_machine(set_up, tmp_path):
+    assert set_up.fetch_uv(tmp_path, ["false"]) is None
+    assert set_up.fetch_uv(tmp_path, ["true"]) == str(tmp_path / "bin" / "uv")
