@@ -144,6 +144,29 @@ def test_losses_and_every_gradient_are_the_formulae(kind):
             torch.testing.assert_close(parameter.grad.double(), p[name].grad, rtol=1e-4, atol=2e-6, msg=name)
 
 
+@pytest.mark.parametrize("kind", ["pairs", "bitext"])
+def test_contrast_and_its_gradients_are_open_clips(kind):
+    """Which means over both directions, where equation 1 sums."""
+    from open_clip.loss import ClipLoss
+
+    name = TASKS[kind].contrast
+    model, batch = noisy(make((name,))), batch_at(kind, [2, 3, 4, 7, 8, 9])
+    loss = model(batch)[0][name]
+    loss.backward()
+    ours = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    if kind == "pairs":
+        sides, scale = (model.embed_image(batch["image"]), model.embed_text(batch["tokens"])), model.pair_scale()
+    else:
+        target = texts.as_source(batch["target"], VOCABULARY)
+        sides, scale = map(model.embed_sentence, (batch["source"], target)), model.sentence_scale()
+    expected = 2 * ClipLoss()(*sides, scale)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=2e-6, msg=name)
+
+
 def test_every_parameter_learns_from_some_kind():
     model = make()
     for kind in KINDS:
