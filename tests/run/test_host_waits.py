@@ -21,8 +21,8 @@ VOCABULARY = Vocabulary(50, pad=0, bos=1, eos=2, mask=3)
 OPERATORS = ("nonzero", "_local_scalar_dense", "is_nonzero", "masked_select", "equal", "_unique2", "lift_fresh")
 METHODS = ("tolist", "numpy", "cpu")
 NAMES = {f"aten::{name}": name for name in OPERATORS} | {f"<built-in method {name}": name for name in METHODS}
-# Values are checked on CPUs alone, and captions that are packed go there one by one.
-ON_CPUS_ALONE = ("_check", "_check_values", "_check_starts", "_each")
+# Values are checked on CPUs alone, and packed captions are grouped there by their lengths.
+ON_CPUS_ALONE = ("_check", "_check_values", "_check_starts", "_by_length")
 ON_THE_HOST = ("prepare", "counts", "loss_scales")  # which has the batch: if it is not `forward` that calls
 
 
