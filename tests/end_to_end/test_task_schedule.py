@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from launch import kill_at_a_row, losses, pretrain, rows, torchrun
+from launch import forks, kill_at_a_row, losses, pretrain, rows, torchrun
 
 from mug.data.builders.openmoji_languages import ensure_languages
 from mug.data.config import TextConfig
@@ -18,6 +18,7 @@ BATCH, GROUPS, STEPS, SEED = 24, 4, 12, 0
 # Ranks, ZeRO stage, samples of a micro-batch, and the row of metrics at which the run is killed.
 LEGS = [(1, 1, 2, 6), (2, 2, 3, 14), (3, 3, 1, None)]
 KINDS = {"pairs": "cmcl", "bitext": "clcl", "text": "plm", "image_bitext": "mmmt"}  # and a loss that no other has
+CAPTIONED = "en,de,fr,it,ja,ru,zh"  # the languages of the recipe's images
 
 BAD = {
     "empty": ({"en": "picture", "de": " "}, "a text only in en, of data.language en,de"),
@@ -69,8 +70,8 @@ def disturbed(tmp_path_factory, recipe):
     for number, (ranks, stage, micro_batch, row) in enumerate(LEGS, 1):
         witness = output.parent / f"life-{number}"
         witness.mkdir()
-        launcher = [*torchrun(ranks), "tests/end_to_end/witness.py"]
-        settings = {"launcher": launcher, "config": f"ds_configs/zero{stage}.json"}
+        launcher, config = torchrun if row else forks, f"ds_configs/zero{stage}.json"
+        settings = {"launcher": [*launcher(ranks), "tests/end_to_end/witness.py"], "config": config}
         options = [*recipe, "--trainer.micro_batch", str(micro_batch)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("WITNESS", str(witness))
@@ -126,13 +127,13 @@ def test_bad_translations_are_replaced_and_logged(disturbed):
 @pytest.mark.slow
 def test_a_finished_run_takes_languages_and_streams_where_that_is_allowed(disturbed, translations, tmp_path):
     output, _ = disturbed
-    pairs, text = {"language": "en,de,fr,ja,zh,ko"}, {"kind": "text", "language": "ko", "weight": 4.0}
+    pairs, text = {"language": f"{CAPTIONED},ko"}, {"kind": "text", "language": "ko", "weight": 4.0}
     korean = write_recipe(tmp_path, "korean", bitext=translations, pairs=pairs)
     more = write_recipe(tmp_path, "more", bitext=translations, more=text)
     longer = ("--trainer.max_steps", str(STEPS + 2))
     refused = "change back, choose another --output, or resume with --allow_changes true"
     for options, named in (
-        (korean, "data.pairs.config.language en,de,fr,ja,zh (now en,de,fr,ja,zh,ko)"),
+        (korean, f"data.pairs.config.language {CAPTIONED} (now {CAPTIONED},ko)"),
         (more, "no stream data.more (now there)"),
     ):
         done = pretrain(output, *options, *longer)
