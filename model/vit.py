@@ -1,15 +1,11 @@
-"""The ViT block that encoder and pixel decoder share: timm's, with attention from mug.kernels.
+"""The ViT block that encoder and pixel decoder share: timm's, by its parameter names, with attention from mug.kernels.
 
 Dimension letters: B batch, N tokens, D width, H heads.
 """
 
 from functools import partial
-from typing import Any
 
 import torch
-from timm.layers import Attention
-from timm.layers import Mlp as TimmMlp
-from timm.models import vision_transformer
 from torch import Tensor, nn
 
 from mug.kernels.attention import attention_qkv
@@ -19,14 +15,18 @@ NORM_EPS = 1e-6  # MAE's and timm's
 LayerNorm = partial(nn.LayerNorm, eps=NORM_EPS)
 
 
-class SelfAttention(Attention):
-    """timm's attention (parameters `qkv`, `proj`) on the project's kernel, of the normalised x."""
+class SelfAttention(nn.Module):
+    """Of the normalised x."""
 
     activation_checkpointing = "none"
 
-    def forward(  # pyrefly: ignore[bad-override]  # takes the norm
-        self, x_BND: Tensor, norm: nn.Module, keys_B: Tensor | None = None, causal: bool = False
-    ) -> Tensor:
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.num_heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BND: Tensor, norm: nn.Module, keys_B: Tensor | None = None, causal: bool = False) -> Tensor:
         B, N, _ = x_BND.shape
         qkv = recomputing_linear(norm, self.qkv, self.activation_checkpointing, x_BND).view(B, N, 3, self.num_heads, -1)
         if keys_B is None or not causal:
@@ -37,30 +37,37 @@ class SelfAttention(Attention):
         return self.proj(prefix.where(within_BN[..., None, None], attention_qkv(qkv, causal=True)).reshape(B, N, -1))
 
 
-class Mlp(TimmMlp):
-    """timm's MLP (parameters `fc1`, `fc2`), of the normalised x."""
+class Mlp(nn.Module):
+    """Two layers with GELU, of the normalised x."""
 
     activation_checkpointing = "none"
 
-    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:  # pyrefly: ignore[bad-override]  # takes the norm
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
         hidden = recomputing_linear(norm, self.fc1, self.activation_checkpointing, x)
         return recomputing_linear(self.act, self.fc2, self.activation_checkpointing, hidden)
 
 
-class Block(vision_transformer.Block):
-    """A pre-norm ViT block with timm's parameter names, MLP of 4 x width; stochastic depth where it is added."""
+class Block(nn.Module):
+    """A pre-norm ViT block, MLP of 4 x width; stochastic depth where it is added."""
 
     activation_checkpointing = "none"
     ragged = False  # x has the same shape in all steps
 
     def __init__(self, width: int, heads: int, norm_eps: float = NORM_EPS):
-        norm: Any = partial(nn.LayerNorm, eps=norm_eps)
-        super().__init__(width, heads, qkv_bias=True, norm_layer=norm, mlp_layer=Mlp)
-        self.attn = SelfAttention(width, heads, qkv_bias=True)
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, norm_eps)
+        self.attn = SelfAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width, norm_eps)
+        self.mlp = Mlp(width, 4 * width)
+        self.drop_path1, self.drop_path2 = nn.Identity(), nn.Identity()
 
-    def forward(  # pyrefly: ignore[bad-override]  # other masks
-        self, x_BND: Tensor, keys_B: Tensor | None = None, causal: bool = False
-    ) -> Tensor:
+    def forward(self, x_BND: Tensor, keys_B: Tensor | None = None, causal: bool = False) -> Tensor:
         """Returns [B, N, D]. A query sees the first `keys_B` keys, int [B], or all; if `causal`, those up to its own,
         and with both the union: a prefix seen by all, and what follows it from left to right."""
         return checkpointed(self._layers, self.activation_checkpointing, x_BND, keys_B, causal)
