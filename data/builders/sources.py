@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mug.data.builders import fashion_mnist, openclipart
 from mug.data.builders.cldr import cldr_pairs, read_cldr
@@ -36,9 +36,13 @@ from mug.data.left_out import LeftOut
 Pairs = Callable[[Callable[[str], bool]], Iterator[Sample]]  # whether a key or group is wanted → its pairs
 
 
-def belongs(name: str, split: str, share: float) -> bool:
-    """Whether the pair of this key or group goes into this split."""
-    return is_held_out(name, share) == (split == "held_out")
+class Belongs(Protocol):
+    def __call__(self, key: str, split: str, share: float) -> bool:
+        """Whether the pair of this key or group goes into this split, of which `share` is held out."""
+
+
+def belongs(key: str, split: str, share: float) -> bool:
+    return is_held_out(key, share) == (split == "held_out")
 
 
 def belongs_officially(key: str, split: str, share: float) -> bool:
@@ -65,15 +69,15 @@ class Source:
     """How one kind of source is read.
 
     `pairs` takes (folder or file, or None for where Debian puts it; name of the captions; what is left out).
-    `belongs` takes (key or group, split, share held out), `splits` (folder or file, share held out) and raises
-    DataError where the source has none of those that its kind has.
+    `splits` takes (folder or file, share held out), and raises DataError where the source has none of those that its
+    kind has.
     """
 
     pairs: Callable[[Any, str | None, LeftOut], Pairs]
     needed: bool = False  # whether a folder or file must be given
     names_captions: bool = False  # whether --caption says which captions to take
     answered: bool = False  # whether each sample's json has an answer as `label`
-    belongs: Callable[[str, str, float], bool] = belongs
+    belongs: Belongs = belongs
     splits: Callable[[Any, float], list[str]] = usual_splits
 
 
