@@ -18,7 +18,6 @@ BATCH, GROUPS, STEPS, SEED = 24, 4, 12, 0
 # Ranks, ZeRO stage, samples of a micro-batch, and the row of metrics at which the run is killed.
 LEGS = [(1, 1, 2, 6), (2, 2, 3, 14), (3, 3, 1, None)]
 KINDS = {"pairs": "cmcl", "bitext": "clcl", "text": "plm", "image_bitext": "mmmt"}  # and a loss that no other has
-CAPTIONED = "en,de,fr,it,ja,ru,zh"  # the languages of the recipe's images
 
 BAD = {
     "empty": ({"en": "picture", "de": " "}, "a text only in en, of data.language en,de"),
@@ -39,9 +38,13 @@ def translations(tmp_path_factory) -> dict[str, str]:
     return {"shards": str(path), "tokenizer": str(tokenizer), "language": "en,de"}
 
 
+def embedded_recipe() -> dict:
+    return yaml.safe_load((RECIPES / "unix2" / "tiny.yaml").read_text(encoding="utf-8"))
+
+
 def write_recipe(folder, name: str = "recipe", **streams: dict) -> list[str]:
     """The recipe of the embedded default, with a model of a few thousand weights; options that name it."""
-    recipe = yaml.safe_load((RECIPES / "unix2" / "tiny.yaml").read_text(encoding="utf-8"))
+    recipe = embedded_recipe()
     recipe["model"] |= {"width": 32, "depth": 1, "heads": 2, "text_width": 32, "text_heads": 2, "embedding_width": 16}
     recipe["model"] |= {"text_layers": 1, "fusion_layers": 1, "decoder_layers": 1}
     recipe["data"] |= {stream: recipe["data"].get(stream, {}) | options for stream, options in streams.items()}
@@ -127,13 +130,14 @@ def test_bad_translations_are_replaced_and_logged(disturbed):
 @pytest.mark.slow
 def test_a_finished_run_takes_languages_and_streams_where_that_is_allowed(disturbed, translations, tmp_path):
     output, _ = disturbed
-    pairs, text = {"language": f"{CAPTIONED},ko"}, {"kind": "text", "language": "ko", "weight": 4.0}
+    captioned = embedded_recipe()["data"]["pairs"]["language"]
+    pairs, text = {"language": f"{captioned},ko"}, {"kind": "text", "language": "ko", "weight": 4.0}
     korean = write_recipe(tmp_path, "korean", bitext=translations, pairs=pairs)
     more = write_recipe(tmp_path, "more", bitext=translations, more=text)
     longer = ("--trainer.max_steps", str(STEPS + 2))
     refused = "change back, choose another --output, or resume with --allow_changes true"
     for options, named in (
-        (korean, f"data.pairs.config.language {CAPTIONED} (now {CAPTIONED},ko)"),
+        (korean, f"data.pairs.config.language {captioned} (now {captioned},ko)"),
         (more, "no stream data.more (now there)"),
     ):
         done = pretrain(output, *options, *longer)
