@@ -3,7 +3,7 @@
 
 python run/build_shards.py folder photos --out shards          # a.jpg with a.txt or a.json; subfolders are labels
 python run/build_shards.py parquet pairs.parquet --out shards --format arrow
-python run/build_shards.py openmoji --out shards               # the drawings of the embedded default
+python run/build_shards.py openmoji --out shards               # the embedded drawings
 python run/build_shards.py shuffled 'shards/*.tar' --out wrong # the same pairs with permuted captions: a control
 python run/build_shards.py openclipart --out shards            # apt install openclipart-png openclipart-svg
 python run/build_shards.py fashion-mnist --out shards          # apt install dataset-fashion-mnist
