@@ -25,7 +25,7 @@ from mug.run.studies import jobs
 from mug.run.studies.config import runnable
 from mug.run.studies.jobs import Job, run_job, run_side_by_side, time_taken
 from mug.run.studies.leaks import leaks
-from mug.run.studies.plan import FLOORS, METHODS, Plan
+from mug.run.studies.plan import BASELINES, METHODS, Plan
 from mug.run.studies.results import Results, verdict
 from mug.run.studies.statistics import Difference
 
@@ -98,8 +98,8 @@ def pretend(plan: Plan) -> None:
             record = plan.folder / "done" / f"pre-train {name} {seed}.json"
             record.parent.mkdir(exist_ok=True)
             record.write_text(json.dumps({"cpu_seconds": 7.0}), encoding="utf-8")
-    for floor in FLOORS:
-        found(plan, floor, "digits", 0.5)
+    for baseline in BASELINES:
+        found(plan, baseline, "digits", 0.5)
 
 
 def found(plan: Plan, label: str, judge: str, accuracy: float, std: float = 0.5) -> None:
