@@ -230,7 +230,7 @@ def late_interaction_loss(
 def _nearest_tokens_loss(
     query_BSE: Tensor, counts_BS: Tensor, key_BTE: Tensor, counts_BT: Tensor, valid_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """InfoNCE of one direction of `late_interaction_loss`; `counts` tells which tokens there are."""
+    """InfoNCE of one direction of `late_interaction_loss`; `counts` says which tokens there are."""
     key_MTE, hidden_MT = gather(key_BTE), gather((~counts_BT).float()).bool()
     valid_B, share_BS = valid_B.float(), counts_BS.float() / counts_BS.sum(1, keepdim=True)
     excluded_M = EXCLUDED * (1 - gather(valid_B))

@@ -280,7 +280,7 @@ class Reconstructs(Protocol):
 
 @runtime_checkable
 class ScoresCaptions(Protocol):
-    """Tells how likely captions of an image are."""
+    """Scores how likely captions of an image are."""
 
     def check_captions(self) -> None:
         """Raise ObjectiveError where this model's configuration or losses leave it unable to."""
@@ -312,7 +312,7 @@ class AnswersQuestions(Protocol):
 
 @runtime_checkable
 class KnowsFloors(Protocol):
-    """Tells what its losses are of a model that has learned nothing of its inputs."""
+    """Knows the losses of a model that ignores its inputs."""
 
     def targets(self, batch: Batch) -> dict[str, Tensor]:
         """Returns int64 [K] by loss: the classes that it predicts, of those losses that predict classes."""

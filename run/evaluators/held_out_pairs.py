@@ -179,7 +179,7 @@ def check_tokens(languages: Sequence[str], context: EvalContext, option: str) ->
     """Raise RunError where the tokenizer has tokens of languages, but not of these."""
     known = context.tokenizer.languages if context.tokenizer else ()
     if known and (lacking := [one for one in languages if one not in known]):
-        raise RunError(f"{option} has {','.join(lacking)}, but the tokenizer has tokens of {','.join(known)} alone")
+        raise RunError(f"{option} has {','.join(lacking)}, but the tokenizer only has tokens for {','.join(known)}")
 
 
 def name_of_pairs(config: PairsConfig) -> str:

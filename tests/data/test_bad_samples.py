@@ -41,8 +41,8 @@ def test_the_state_does_not_depend_on_how_often_it_is_told(tmp_path):
     for chunk in (10, 50, 100):
         bad_samples = BadSampleLog(tmp_path / f"{chunk}.jsonl", 1.0, 1.0)
         for end in range(chunk, 101, chunk):
-            told = [e for e in entries if end - chunk <= e.position < end]
-            bad_samples.add(random.sample(told, len(told)), end)  # in whatever order the ranks come
+            reported = [e for e in entries if end - chunk <= e.position < end]
+            bad_samples.add(random.sample(reported, len(reported)), end)  # in whatever order the ranks come
         states.append(bad_samples.state_dict())
     assert states[0] == states[1] == states[2] and states[0]["entries"] == 34
 

@@ -1,4 +1,4 @@
-"""What is told of captions that are missing or cannot be read, against shards whose captions are known."""
+"""What is reported of captions that are missing or cannot be read, against shards whose captions are known."""
 
 import os
 from pathlib import Path

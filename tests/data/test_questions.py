@@ -113,9 +113,9 @@ def test_rows_that_cannot_be_learned_from_are_replaced(tmp_path, options):
     ("text", "message"),
     [
         (None, "data.labels is missing"),
-        ("", "is no list of answers"),
+        ("", "is not a list of answers"),
         ("no\nyes\nno\n", "has 'no' twice"),
-        ("no\n\nyes\n", "is no list of answers"),
+        ("no\n\nyes\n", "is not a list of answers"),
     ],
 )
 def test_lists_of_answers_that_cannot_be_used(tmp_path, text, message):

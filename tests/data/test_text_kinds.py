@@ -193,7 +193,7 @@ REASONS = {
     "one language": "a text only in en, of data.language en,de,fr",
     "unknown languages": "a text only in en, of data.language en,de,fr",
     "10 MB": "no caption: there is no .txt, and the .json cannot be parsed: 10,400,038 bytes are more than 1,048,576",
-    "100 kB": "a side of 9,999 characters or more, which is no sentence",
+    "100 kB": "a side of 9,999 characters or more, too long for a sentence",
     "another type": "a text only in de, of data.language en,de,fr",
 }
 

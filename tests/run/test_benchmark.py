@@ -213,7 +213,7 @@ def test_a_finished_job_is_not_run_again_unless_its_command_changed(tmp_path, sc
         assert (tmp_path / "produced.txt").read_text() == "x", "never added to what was there"
 
 
-def test_a_job_that_fails_is_named_with_its_log_and_run_anew(tmp_path, script):
+def test_a_job_that_fails_is_named_with_its_log_and_run_again(tmp_path, script):
     (tmp_path / "broken").touch()
     with pytest.raises(RunError, match=r"a part ended with status 1: error: out of luck \(full log: .*a part.log\)"):
         run_job(script(), tmp_path, Silent())
@@ -231,7 +231,7 @@ def test_a_job_that_resumes_finds_what_it_left(tmp_path, script):
     run_job(part, tmp_path, Silent())
     assert (tmp_path / "produced.txt").read_text() == "xx"
     run_job(dataclasses.replace(script("other"), resumes=True), tmp_path, Silent())
-    assert (tmp_path / "produced.txt").read_text() == "x", "another command begins anew"
+    assert (tmp_path / "produced.txt").read_text() == "x", "another command begins again"
 
 
 def test_cpu_time_is_the_jobs_own(tmp_path, monkeypatch):

@@ -235,9 +235,9 @@ def saved(output: Path, model: Objective) -> str:
     """A checkpoint of the model, as one rank writes it."""
     partial = checkpoint.open_partial(output, 1)
     pieces = {ParamSlice(name, 0): value.detach().flatten() for name, value in model.named_parameters()}
-    seal, _ = write_pieces(partial / "weight-0.safetensors", pieces)
+    checksum, _ = write_pieces(partial / "weight-0.safetensors", pieces)
     manifest = {"model": json.loads(json.dumps(describe_model(model)))}
-    checkpoint.commit(output, 1, {"weight-0.safetensors": seal}, manifest, {}, keep=1)
+    checkpoint.commit(output, 1, {"weight-0.safetensors": checksum}, manifest, {}, keep=1)
     return str(output)
 
 

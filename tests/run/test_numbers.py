@@ -178,7 +178,7 @@ def test_no_numeric_key_of_the_deepspeed_json_takes_what_is_none_or_out_of_range
 @pytest.mark.parametrize(
     ("zero", "top", "said"),
     [
-        ({"stage": 2, "allgather_bucket_size": 5001}, {}, "allgather_bucket_size: stage 2 wants an even number"),
+        ({"stage": 2, "allgather_bucket_size": 5001}, {}, "allgather_bucket_size: stage 2 needs an even number"),
         ({"stage": 2}, {"prescale_gradients": True}, "stage 2 takes neither"),
         ({"stage": 3}, {"gradient_predivide_factor": 2.0}, "stage 3 takes neither"),
     ],
