@@ -170,7 +170,7 @@ class Soak:
         ]
 
     def start(self, launcher: list[str] | None = None, workers: int = 0, **variables: str) -> Life:
-        """Start the run again, on one or two ranks, in any ZeRO stage; it must resume from the newest complete state."""
+        """Start the run again, on one or two ranks, in any ZeRO stage; it must resume from the newest intact state."""
         drawn = self.random.choice([PYTHON] * 4 + [torchrun(2), deepspeed(2)])
         config = f"ds_configs/zero{self.random.choice([1, 2, 3])}.json"
         command = [*(launcher or drawn), "run/pretrain.py", "--deepspeed", config, "--output", str(self.output)]
