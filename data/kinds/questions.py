@@ -76,7 +76,7 @@ class Questions(ImageSamples):
         """Returns the image, the question and the number of its answer."""
         label = self._label(parts)
         if label == NO_LABEL and self.order is not None:
-            raise BadSample("an answer that is none of data.labels")
+            raise BadSample("an answer that is not in data.labels")
         language, text = self.text_in_turn(place, parts)
         return {**self.pixels(place, parts[0]), "tokens": self.encode(text, language), "label": np.array(label)}
 

@@ -221,7 +221,7 @@ class CaptionsInLanguages(Captions, Protocol):
     """Writes captions in several languages."""
 
     def languages(self) -> tuple[str, ...]:
-        """Returns the languages that it writes in; empty where its tokenizer has no tokens of languages."""
+        """Returns the languages that it writes in; empty where its tokenizer has no language tokens."""
 
     def caption(self, image_BCHW: Tensor, beams: int = 1, language: int = 0) -> Tensor:
         """Returns captions in the language of this number, int64 [B, T], BOS … EOS PAD."""

@@ -243,7 +243,7 @@ def test_mistakes_in_one_line(tmp_path, options, tokenizer_file):
     table, shard = write_parquet(tmp_path / "a.parquet", [row_of(i) for i in range(5)]), images(tmp_path / "a.tar", 3)
     mistakes = [
         (text, TextConfig(shards=table, **options | {"language": "en,xx"}), "data.language has xx, .* it has de,en,fr"),
-        (text, TextConfig(shards=table, **options | {"tokenizer": str(tokenizer_file)}), "no tokens of languages"),
+        (text, TextConfig(shards=table, **options | {"tokenizer": str(tokenizer_file)}), "no language tokens"),
         (text, TextConfig(shards=table, text_length=99, **options), "data.text_length 99 is more than model.* 24"),
         (bitext, TextConfig(shards=table, **options | {"language": "en"}), "give two languages or more"),
         (pairs, DataConfig(shards=table, **options), r"no images in 1 shards, '.*a\.parquet' the first, which has"),
