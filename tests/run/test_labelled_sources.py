@@ -160,7 +160,7 @@ def test_an_empty_class_folder_is_named(tmp_path):
 
 
 def test_no_classes_one_class_an_unknown_class_and_no_test_images(tmp_path):
-    refused("give the test images, too (--test)", tmp_path)
+    refused("give the test images, too (--test or --data.test)", tmp_path)
     for name in ("none/train", "none/test", "one/train/cat", "one/test/cat", "new/train", "new/test/fox"):
         (tmp_path / name).mkdir(parents=True)
     refused("does not hold class folders", tmp_path / "none")
