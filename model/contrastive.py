@@ -103,7 +103,7 @@ def two_view_loss(
 
     Args:
         first_BE, second_BE: floating [B, E] of unit length, two views of the same samples.
-        memory_budget: bytes that logits may take at a time, min one row; what exceeds it is computed twice.
+        memory_budget: bytes that logits may take at a time, at least one row; what exceeds it is computed twice.
 
     Returns:
         (loss, accuracy), fp32 scalars: means over both views of this rank's samples; accuracy, the share of them to
@@ -147,7 +147,7 @@ def sigmoid_loss(
         image_BE, text_BE: floating [B, E] of unit length.
         scale, bias: a logit is scale x cosine + bias; numbers or tensors of one element.
         valid_B: bool [B]; a row that is not valid is in no pair, on any rank. None: all are valid.
-        memory_budget: bytes that logits may take at a time, min one row; what exceeds it is computed twice.
+        memory_budget: bytes that logits may take at a time, at least one row; what exceeds it is computed twice.
 
     Returns:
         (loss, accuracy), fp32 scalars: the pairs of this rank's valid images with the valid captions of all ranks,
