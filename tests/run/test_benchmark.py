@@ -40,7 +40,7 @@ PARSERS = {
 SMALL = {
     "title": "Small",
     "sets": {
-        "drawings": {"kind": "openmoji", "options": {"most": 300, "held_out": 0.0}},
+        "drawings": {"kind": "openmoji", "options": {"limit": 300, "held_out": 0.0}},
         "digits": {"kind": "digits", "options": {"held_out": 0.5}},
     },
     "pools": {"all": {"sets": ["drawings"]}, "wrong": {"sets": ["drawings"], "shuffled": True}},
@@ -360,15 +360,15 @@ def test_a_study_runs_whole_is_not_run_twice_and_writes_table_and_page(tmp_path,
     """Grid, curve, equal FLOP, fine-tuning and further evaluations: every path, as its commands run it."""
     encoders = {"CLIP": {"objective": "clip"}, "CapPa": {"objective": "cappa"}}
     encoders["CapPa, wrong"] = {"like": "CapPa", "pool": "wrong", "flops_of": "CLIP"}
-    digits, most = {"kind": "digits", "options": {"held_out": 0.5, "samples_per_shard": 200}}, {"max_train": 100}
-    most["max_test"] = 50
+    digits, limits = {"kind": "digits", "options": {"held_out": 0.5, "samples_per_shard": 200}}, {"max_train": 100}
+    limits["max_test"] = 50
     rates = {"trainer": {"global_batch": 64, "micro_batch": 64, "warmup_samples": 0}}
     named = {"data": "{sets}/digits/held_out-*.tar", "templates": ["{}"]}
     study = {
         "encoders": encoders,
         "sets": SMALL["sets"] | {"digits": digits},
         "comparisons": [["CLIP", "CapPa"]],
-        "grid": SMALL["grid"] | most,
+        "grid": SMALL["grid"] | limits,
         "seeds": 1,
         "curve": 2,
         "finetune": {"train": "digits", "test": "digits", "rates": [0.001], "epochs": 1.0, "recipe": rates},

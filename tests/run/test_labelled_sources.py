@@ -125,7 +125,7 @@ def test_fashion_mnist_and_its_shards_hold_the_same(tmp_path):
     write_fashion_mnist(tmp_path / "fashion", np.array([0, 9, 5, 1, 1, 3]))
     splits = open_splits(f"fashion-mnist:{tmp_path}/fashion", None, "label", None)
     assert splits.train.labels == ["T-shirt/top", "Ankle boot", "Sandal", "Trouser", "Trouser", "Dress"]
-    build_shards("fashion-mnist", tmp_path / "fashion", "--out", tmp_path / "shards", "--most", "4")
+    build_shards("fashion-mnist", tmp_path / "fashion", "--out", tmp_path / "shards", "--limit", "4")
     patterns = [f"{tmp_path}/shards/{split}-*.tar" for split in ("train", "held_out")]
     shards = open_splits(*patterns, "label", str(tmp_path / "cache"))
     assert shards.train.labels == splits.train.labels[:4] and len(shards.test) == 4
