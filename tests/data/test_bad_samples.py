@@ -35,7 +35,7 @@ def test_lines_are_in_the_order_of_positions_and_hashed_one_by_one(tmp_path, ope
     assert bad_samples.state_dict() == {"entries": 3, "sha256": digest.hex()}
 
 
-def test_the_state_does_not_depend_on_how_often_it_is_told(tmp_path):
+def test_the_state_does_not_depend_on_how_often_it_is_added_to(tmp_path):
     entries = [bad(p, random.choice("ab")) for p in range(0, 100, 3)]
     states = []
     for chunk in (10, 50, 100):
