@@ -62,7 +62,7 @@ def test_going_on_drops_what_came_after_the_checkpoint(tmp_path, open_bad_sample
 
 
 @pytest.mark.parametrize("damage", [None, "", "{}\n", '{"position": 1', "x\ny\n"])
-def test_a_file_that_is_another_one_is_put_aside_and_said(tmp_path, open_bad_sample_log, caplog, damage):
+def test_a_file_that_is_another_one_is_put_aside_and_reported(tmp_path, open_bad_sample_log, caplog, damage):
     bad_samples = open_bad_sample_log()
     bad_samples.add([bad(1), bad(2)], 10)
     state = bad_samples.state_dict()

@@ -81,7 +81,7 @@ def weights_of(manifest) -> dict[str, torch.Tensor]:
     return {name: torch.randn(p.numel()) for name, p in model_of(manifest).named_parameters()}
 
 
-def test_pre_training_keeps_its_files_and_is_described_anew(tmp_path, monkeypatch, capsys):
+def test_pre_training_keeps_its_files_and_is_described_again(tmp_path, monkeypatch, capsys):
     context = {"seed": 7, "vocabulary": VOCABULARY, "class_names": [], "losses": ["pixels"]}
     described = {"objective": "mug", "config": MUG_SIZES, "context": context}
     weights = weights_of({"model": described})

@@ -230,7 +230,7 @@ def test_features_stand_in_the_order_of_the_images(tmp_path):
     assert np.array_equal((features * 255).round().numpy(), expected.reshape(6, -1))
 
 
-def test_features_are_made_once_and_anew_where_their_file_is_damaged(tmp_path, one_rank):
+def test_features_are_made_once_and_again_where_their_file_is_damaged(tmp_path, one_rank):
     made = []
 
     def make() -> dict[str, torch.Tensor]:

@@ -237,7 +237,7 @@ def test_a_rank_that_hangs_is_distinguished_from_those_that_wait_for_it(tmp_path
     assert "be_stuck" in (tmp_path / "rank2.log").read_text()  # where it is
 
 
-def test_a_late_rank_is_named_and_may_go_on(tmp_path):
+def test_a_late_rank_is_named_and_may_continue(tmp_path):
     codes, pids, lines = run(tmp_path, be_late, hang_seconds=20.0)
     assert codes == [0, 0, 0]
     assert len(lines) == 1 and re.search(rf"pid {pids[2]}, step 7\) made no progress for \d s", lines[0])
