@@ -32,8 +32,8 @@ def train(
     Args:
         output: folder of the run. The pairs lie in its folder `pairs`, as shards and a tokenizer of their captions.
         pairs: (image, caption), images as `Model` takes them; without them, the data that the recipe names.
-        recipe: a YAML file, or the name of one in run/recipes/; by default LIST for a list of pairs, else EMBEDDED. Most
-            others are for millions of pairs.
+        recipe: a YAML file, or the name of one in run/recipes/; by default LIST for a list of pairs, else EMBEDDED.
+            Most others are for millions of pairs.
         options: dotted names of the recipe's keys, and others of the command line, to values: {"trainer.max_steps":
             200, "deepspeed": "ds_configs/zero3.json"}.
         held_out: share of the pairs to hold out and evaluate on, by their places in the list.

@@ -79,7 +79,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     load_package("scipy", "eval")
     out = Path(values.out or Path("runs") / f"study-{Path(values.study).stem}")
     if UNSAFE.search(str(out)):
-        raise RunError(f"--out {out}: choose a path without spaces or any of , { } [ ] * ?")
+        raise RunError(f"--out {out}: choose a path without spaces or any of , {{ }} [ ] * ?")
     check_writable(out, "--out")
     if values.results:
         check_writable_file(Path(values.results), "--results")

@@ -74,7 +74,5 @@ def open_languages(config: TextConfig) -> tuple[Sources, Tokenizer]:
     sources = sources_of(config)
     tokenizer = load_tokenizer(sources.tokenizer, config)
     if not tokenizer.languages:
-        raise DataError(
-            "data.tokenizer has no language tokens: train one with run/train_tokenizer.py --model unigram"
-        )
+        raise DataError("data.tokenizer has no language tokens: train one with run/train_tokenizer.py --model unigram")
     return sources, tokenizer

@@ -479,9 +479,7 @@ def check_loss_weights(recipe: Recipe) -> None:
     """Raise RunError unless the weights are those of the objective's losses, none below 0, and one above 0."""
     names = find_objective(recipe.objective).losses
     if set(recipe.loss_weights) != set(names):
-        raise RunError(
-            f"loss_weights has {', '.join(recipe.loss_weights)}; {recipe.objective} has {', '.join(names)}"
-        )
+        raise RunError(f"loss_weights has {', '.join(recipe.loss_weights)}; {recipe.objective} has {', '.join(names)}")
     for name, weight in recipe.loss_weights.items():
         if not weight >= 0:
             raise RunError(f"loss_weights.{name} must be at least 0, not {weight}")
