@@ -1,5 +1,5 @@
 # make demo: set-up and the main job on the embedded default. make test: set-up and the tests. make gpu-bundle: what
-# run/gpu_checks.sh wants on a GPU machine without a network, into gpu_bundle/.
+# run/gpu_checks.sh needs on a GPU machine without a network, into gpu_bundle/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +21,7 @@ demo: $(VENV)/.ready
 	@echo "look at it:         open $(RUN)/report.html, and $(RUN)/generated/generated.html"
 	@echo "your own picture:   $(BIN)/python run/generate.py $(RUN) photo.jpg"
 	@echo "another objective:  $(BIN)/deepspeed run/pretrain.py --deepspeed ds_configs/zero3.json --config run/recipes/clip/openmoji_clip.yaml"
-	@echo "a larger run:       run/recipes/mug/cc3m_base.yaml says how"
+	@echo "a larger run:       run/recipes/mug/cc3m_base.yaml explains how"
 
 # PYTEST names other tests or options: make test PYTEST='-m slow', make test PYTEST=tests/data
 PYTEST ?= -m "not slow"

@@ -15,11 +15,13 @@ from mug.api.pairs import write_pairs
 from mug.run.common.errors import RunError
 from mug.run.training.recipe import RECIPES
 
+EMBEDDED, LIST = "mug/compositions_tiny.yaml", "mug/openmoji_tiny.yaml"  # recipes without pairs, and of a list of them
+
 
 def train(
     output: str | Path,
     pairs: Iterable[tuple[ImageLike, str]] | None = None,
-    recipe: str | Path = "mug/openmoji_tiny.yaml",
+    recipe: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
     held_out: float = 0.1,
 ) -> Model:
@@ -29,10 +31,9 @@ def train(
 
     Args:
         output: folder of the run. The pairs lie in its folder `pairs`, as shards and a tokenizer of their captions.
-        pairs: (image, caption), images as `Model` takes them; without them, the data that the recipe names, the
-            embedded default for example.
-        recipe: a YAML file, or the name of one in run/recipes/. Most are for millions of pairs; with few, start from
-            the default.
+        pairs: (image, caption), images as `Model` takes them; without them, the data that the recipe names.
+        recipe: a YAML file, or the name of one in run/recipes/; by default LIST for a list of pairs, else EMBEDDED.
+            Most others are for millions of pairs.
         options: dotted names of the recipe's keys, and others of the command line, to values: {"trainer.max_steps":
             200, "deepspeed": "ds_configs/zero3.json"}.
         held_out: share of the pairs to hold out and evaluate on, by their places in the list.
@@ -41,6 +42,7 @@ def train(
         DataError: an image of the pairs cannot be used, and is named; or their captions hold no word.
         RunError: training ended early; the message is its own last line.
     """
+    recipe = recipe or (EMBEDDED if pairs is None else LIST)
     named = RECIPES / recipe if not Path(recipe).is_file() and (RECIPES / recipe).is_file() else recipe
     chosen: dict[str, Any] = {"config": str(named), "output": str(output), "deepspeed": "ds_configs/zero1.json"}
     if pairs is not None:

@@ -27,9 +27,9 @@ class AugmentConfig:
     """Augmentations of training images and their targets; MAE's settings.
 
     Args:
-        rand_augment: timm's name of a RandAugment policy; null does without.
+        rand_augment: timm's name of a RandAugment policy; null for none.
         erase: Share of the images of which a random rectangle is replaced by noise.
-        mixup: Alpha of mixup's Beta distribution; 0 does without.
+        mixup: Alpha of mixup's Beta distribution; 0 for none.
         cutmix: Alpha of CutMix's. With both, each batch is mixed in one of the two ways.
         label_smoothing: Weight that the target spreads evenly over all classes.
     """

@@ -6,7 +6,7 @@ from mug.data.reader import Reader
 from mug.data.store.remote import is_remote
 
 LOOKED_AT = 64  # samples, spread over the shards
-FETCHED = 4  # max of them for which something has to come from a store
+FETCHED = 4  # of them at most, for which something has to come from a store
 
 
 class CaptionReader:

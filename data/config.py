@@ -49,9 +49,9 @@ class TextConfig(FetchConfig):
             ('cc3m/{00000..00331}.tar'), separated by commas or spaces; or the folder of an index that
             run/index_shards.py wrote. '{language}' in it stands for each of the languages, whose shards it names.
             Without it, the embedded ones.
-        embedded: What to take without `shards`: OpenMoji's single drawings with their English names ('drawings') or
-            with those in 14 languages ('languages'), or compositions of one or two drawings, with captions as "a cake
-            above an owl" ('compositions').
+        embedded: What to take without `shards`: OpenMoji's single drawings with names in 14 languages, and a tokenizer
+            of the English ones ('drawings') or of all ('languages'); or compositions of one or two drawings, with
+            captions as "a cake above an owl" ('compositions').
         held_out: Shards to evaluate on, written like `shards`. Without it, the held-out embedded ones where
             `shards` is left out too, else no evaluation.
         tokenizer: A tokenizer.json, a folder that holds one, or a name on the Hugging Face hub. Without it,

@@ -111,7 +111,9 @@ def open_splits(data: str, test: str | None, label: str, cache: str | None) -> S
     else:
         inside = [] if test else [name for name in TEST_NAMES if (Path(data) / name).is_dir()]
         if not test and not inside:
-            raise DataError(f"{data} has no folder {', '.join(TEST_NAMES)}; give the test images, too (--test)")
+            raise DataError(
+                f"{data} has no folder {', '.join(TEST_NAMES)}; give the test images, too (--test or --data.test)"
+            )
         train = open_source(f"{data}/train" if inside else data, label, cache)
         test_source = open_source(test or f"{data}/{inside[0]}", label, cache)
     return align(train, test_source)
@@ -186,7 +188,9 @@ def open_shards(patterns: str, label: str, cache: str | None) -> Source:
             labels.append(str(json.loads(images.reader.read_json(*images.place(number)))[label]))
         except (ValueError, KeyError, TypeError):
             name = images.name(number)
-            raise DataError(f"{name}: its json has no '{label}'; give the label's key (--label)") from None
+            raise DataError(
+                f"{name}: its json has no '{label}'; give the label's key (--label or --data.label)"
+            ) from None
     return Source(images, labels, images.reader.index.fingerprint)
 
 

@@ -18,7 +18,7 @@ from mug.data.errors import DataError
 
 MAX_LANES = 2048
 SHARDS_PER_WINDOW = 4
-SAMPLES_PER_LANE = 128  # min, so that what an epoch drops (fewer than L samples) stays below 1%
+SAMPLES_PER_LANE = 128  # at least, so that what an epoch drops (fewer than L samples) stays below 1%
 ROUNDS = 6
 
 

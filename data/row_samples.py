@@ -229,7 +229,7 @@ def load_tokenizer(found: object, config: TextConfig) -> Tokenizer:
     """Loads the tokenizer of a stream: `found` is its tokenizer.json, or None.
 
     Raises:
-        DataError: it is missing or damaged, or lacks tokens of languages that the config names.
+        DataError: it is missing or damaged, or lacks language tokens that the config names.
     """
     if found is None:
         raise DataError("data.shards is given without data.tokenizer: give a tokenizer.json or a hub tokenizer")

@@ -40,7 +40,7 @@ def language_token(language: str) -> str:
     """
     token = f"[{language}]"
     if not LANGUAGE.fullmatch(token):
-        raise DataError(f"'{language}' is not the code of a language: give codes such as en, zh or pt-BR")
+        raise DataError(f"'{language}' is not a language code: give codes such as en, zh or pt-BR")
     return token
 
 

@@ -129,7 +129,7 @@ def _exists(module: str) -> bool:
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
-    """Matmul and softmax, min in fp32."""
+    """Matmul and softmax, at least in fp32."""
     if masks.cu_seqlens_q is not None:
         return _padded(reference, q, k, v, masks)
     wide = torch.promote_types(q.dtype, torch.float32)

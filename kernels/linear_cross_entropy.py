@@ -53,7 +53,7 @@ def linear_cross_entropy(
         label_smoothing: share of the target spread over all of V, as in F.cross_entropy.
         z_loss: weight of the mean squared log-sum-exp of the logits (PaLM, arXiv 2204.02311, section 5), which is
             added to the loss.
-        memory_budget: bytes that logits may take at a time, min one row. Both gradients are kept in fp32
+        memory_budget: bytes that logits may take at a time, at least one row. Both gradients are kept in fp32
             alongside them. None: 512 MiB; for "triton" and "chunked" on a GPU 2 GiB where 16 GiB were free at the
             first call, else 1 GiB.
         backend: "triton" (chunks, with one kernel from logits to their gradient), "chunked" (chunks in PyTorch),
@@ -228,7 +228,7 @@ def _padded(V: int) -> int:
 
 
 def _chunk_rows(hidden_ND: Tensor, V: int, kept: int, memory_budget: int, triton: bool) -> int:
-    """Returns the rows of each chunk but the last: equal chunks that fit the budget, min one row."""
+    """Returns the rows of each chunk but the last: equal chunks that fit the budget, of at least one row."""
     # In half precision PyTorch's operators need logits in fp32 as well, and write each new value elsewhere.
     logit_bytes = 8 if hidden_ND.dtype != torch.float32 and not triton else hidden_ND.element_size()
     fitting = max(memory_budget // (_padded(V) * logit_bytes), 1)

@@ -103,7 +103,7 @@ def two_view_loss(
 
     Args:
         first_BE, second_BE: floating [B, E] of unit length, two views of the same samples.
-        memory_budget: bytes that logits may take at a time, min one row; what exceeds it is computed twice.
+        memory_budget: bytes that logits may take at a time, at least one row; what exceeds it is computed twice.
 
     Returns:
         (loss, accuracy), fp32 scalars: means over both views of this rank's samples; accuracy, the share of them to
@@ -147,7 +147,7 @@ def sigmoid_loss(
         image_BE, text_BE: floating [B, E] of unit length.
         scale, bias: a logit is scale x cosine + bias; numbers or tensors of one element.
         valid_B: bool [B]; a row that is not valid is in no pair, on any rank. None: all are valid.
-        memory_budget: bytes that logits may take at a time, min one row; what exceeds it is computed twice.
+        memory_budget: bytes that logits may take at a time, at least one row; what exceeds it is computed twice.
 
     Returns:
         (loss, accuracy), fp32 scalars: the pairs of this rank's valid images with the valid captions of all ranks,
@@ -230,7 +230,7 @@ def late_interaction_loss(
 def _nearest_tokens_loss(
     query_BSE: Tensor, counts_BS: Tensor, key_BTE: Tensor, counts_BT: Tensor, valid_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """InfoNCE of one direction of `late_interaction_loss`; `counts` tells which tokens there are."""
+    """InfoNCE of one direction of `late_interaction_loss`; `counts` says which tokens there are."""
     key_MTE, hidden_MT = gather(key_BTE), gather((~counts_BT).float()).bool()
     valid_B, share_BS = valid_B.float(), counts_BS.float() / counts_BS.sum(1, keepdim=True)
     excluded_M = EXCLUDED * (1 - gather(valid_B))

@@ -201,7 +201,7 @@ class Multilingual(Protocol):
 def load_language_model(model: Multilingual, state: State, settings: Mapping[str, Any]) -> None:
     """Load the parts that read and write text from a language model; `settings`: transformers' config.json of it.
 
-    Of its positions ours has the first. Where our tokenizer has further tokens of languages, at its end, they stay as
+    Of its positions ours has the first. Where our tokenizer has further language tokens, at its end, they stay as
     they are.
 
     Raises:

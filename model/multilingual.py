@@ -176,7 +176,7 @@ def fused_rows(lengths_S: Tensor, first: int, L: int, B: int) -> tuple[Tensor, T
     Sequence s has the image s mod B. On a GPU the host waits.
 
     Args:
-        lengths_S: int64, the tokens of all texts, min 1.
+        lengths_S: int64, the tokens of all texts, at least 1.
         first: the number of texts that are in no sequence; a multiple of B.
         L: states of an image; 0 without images.
 

@@ -48,7 +48,7 @@ def packed_rows(lengths_B: Tensor, T: int) -> Tensor:
 
 
 def _at_least_one(lengths_B: Tensor) -> Tensor:
-    """Returns the lengths, min 1: one token of a sample without caption, too, so that no call is empty."""
+    """Returns the lengths, at least 1: one token of a sample without caption, too, so that no call is empty."""
     return lengths_B.clamp(min=1)
 
 

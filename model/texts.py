@@ -2,7 +2,7 @@
 
 A source is BOS X EOS LANGUAGE PAD, as an encoder reads it; a target LANGUAGE X EOS PAD, as a decoder writes it (mBART,
 arXiv 2001.08210, with BOS in addition, whose state stands for the text). Of a tokenizer without languages both are
-BOS X EOS PAD. A row of PAD alone is no text. Dimension letters: B batch, T tokens, M samples of the group.
+BOS X EOS PAD. A row of PAD alone is not a text. Dimension letters: B batch, T tokens, M samples of the group.
 """
 
 import torch

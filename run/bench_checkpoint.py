@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time how long training waits for a checkpoint, written at once and behind training.
+"""Time how long training waits for a checkpoint, saved synchronously and asynchronously.
 
     python run/bench_checkpoint.py --deepspeed ds_configs/zero3.json --preset large --output /data/scratch
 
@@ -36,11 +36,11 @@ def main(console: Console) -> None:
         stalls = measure(engine, bench.step(engine), folder, options.rounds)
     finally:
         shutil.rmtree(folder)
-    at_once, behind = (statistics.median(values) for values in stalls.values())
+    synchronous, asynchronous = (statistics.median(values) for values in stalls.values())
     console.info(
         f"{options.preset}, {len(KINDS) * 4e-9 * parameters:.2f} GB, {hardware.describe_device()}: training waits"
-        f" {at_once:.2f} s for a save at once, {behind:.2f} s for one behind training,"
-        f" ratio {behind / at_once:.3f} (medians of {options.rounds})"
+        f" {synchronous:.2f} s for a synchronous save, {asynchronous:.2f} s for an asynchronous one,"
+        f" ratio {asynchronous / synchronous:.3f} (medians of {options.rounds})"
     )
 
 

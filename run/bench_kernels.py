@@ -67,7 +67,7 @@ def parse() -> Namespace:
     names = ", ".join(OPS)
     parser.add_argument("--op", nargs="+", default=list(OPS), help=f"of {names}; or model_step, alone")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    parser.add_argument("--seconds", type=float, default=0.1, help="about how long one timing takes; min 5 runs")
+    parser.add_argument("--seconds", type=float, default=0.1, help="about how long one timing takes; at least 5 runs")
     parser.add_argument("--shapes", default="", help="only shapes in which this regular expression is found")
     parser.add_argument("--contenders", nargs="+", help="only these, as triton or sdpa_cudnn; all by default")
     parser.add_argument("--budget", type=float | None, default=None, help="begin no shape after so many seconds")

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Compare objectives on the same pairs: pre-train each, judge the encoders alike, write a table and a page.
+"""Compare objectives on the same pairs: pre-train each, evaluate the encoders alike, write a table and a page.
 
     python run/benchmark.py run/studies/quick.yaml                      # planned for 15 minutes on 2 CPU cores
     python run/benchmark.py run/studies/objectives.yaml --seeds 3       # hours; any key of the study can be changed
 
 A study is a YAML: data, encoders, budget, judges, and the comparisons declared beforehand. Every job is one of the
 commands in run/, as users start it, with its log under OUT/logs; without a GPU, each core works on one job, on one
-thread. Rerun, the study resumes where it stopped: finished jobs are not run twice. The primary figure is the mean over
+thread. Rerun, the study resumes where it stopped: finished jobs are not run twice. The primary metric is the mean over
 the judges of k nearest neighbours and the linear probe on frozen features (mean of the patch tokens), minus that of the
 untrained encoder; rules and limits are in docs/studies.md.
 """
@@ -79,7 +79,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     load_package("scipy", "eval")
     out = Path(values.out or Path("runs") / f"study-{Path(values.study).stem}")
     if UNSAFE.search(str(out)):
-        raise RunError(f"--out {out}: choose a path without spaces and marks of patterns")
+        raise RunError(f"--out {out}: choose a path without spaces or any of , {{ }} [ ] * ?")
     check_writable(out, "--out")
     if values.results:
         check_writable_file(Path(values.results), "--results")
@@ -107,7 +107,7 @@ def introduction(options: Options, plan: Plan) -> str:
         f"`python run/benchmark.py {options.arguments}`, {date.today()}, {cores}, {versions};"
         f" {minutes:.0f} minutes in all. {study.samples:,} samples in batches of {study.batch}; {sizes}. Encoders of"
         " equal samples answer which objective learns more from the same pairs, those of equal FLOP which learns more"
-        " at the same cost. Small drawings: nothing here speaks of photographs, large models or long training."
+        " at the same cost. Small drawings: nothing here applies to photographs, large models or long training."
     )
 
 

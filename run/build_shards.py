@@ -3,7 +3,7 @@
 
 python run/build_shards.py folder photos --out shards          # a.jpg with a.txt or a.json; subfolders are labels
 python run/build_shards.py parquet pairs.parquet --out shards --format arrow
-python run/build_shards.py openmoji --out shards               # the drawings of the embedded default
+python run/build_shards.py openmoji --out shards               # the embedded drawings
 python run/build_shards.py shuffled 'shards/*.tar' --out wrong # the same pairs with permuted captions: a control
 python run/build_shards.py openclipart --out shards            # apt install openclipart-png openclipart-svg
 python run/build_shards.py fashion-mnist --out shards          # apt install dataset-fashion-mnist
@@ -52,7 +52,7 @@ def main(console: Console) -> None:
     tally = Tally()
     for split in source.splits(place, options.held_out):
         wanted = partial(source.belongs, split=split, share=options.held_out)
-        some = itertools.islice(prepared(pairs(wanted), options.image_size, left_out), options.most)
+        some = itertools.islice(prepared(pairs(wanted), options.image_size, left_out), options.limit)
         samples = tally.counting(some)
         for path, count in write_shards(samples, out, f"{split}-", options.format, options.samples_per_shard):
             console.info(f"{path}  {count} pairs")
@@ -80,7 +80,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     parser.add_argument("--format", type=Literal["tar", "arrow", "parquet"], default="tar", help="of the shards")
     parser.add_argument("--samples_per_shard", type=int, default=10_000, help="max pairs in a shard")
     parser.add_argument("--held_out", type=float, default=0.1, help="share of pairs to hold out, by key; 0 for none")
-    parser.add_argument("--most", type=int | None, default=None, help="max pairs in each split; all if left out")
+    parser.add_argument("--limit", type=int | None, default=None, help="max pairs in each split; all if left out")
     parser.add_argument(
         "--image_size", type=int | None, default=None, help="shrink images whose longer side is greater, as JPEG"
     )
@@ -93,7 +93,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     options = parser.parse_args(arguments)
     if options.source is None and SOURCES[options.kind].needed:
         raise RunError(f"{options.kind} needs a source: give a folder or file after it")
-    for name in ("samples_per_shard", "image_size", "most"):
+    for name in ("samples_per_shard", "image_size", "limit"):
         if options[name] is not None and options[name] < 1:
             raise RunError(f"--{name} must be at least 1, not {options[name]}")
     if not 0 <= options.held_out < 1:

@@ -4,7 +4,8 @@
     deepspeed run/finetune.py --deepspeed ds_configs/zero1.json --config run/recipes/classify/imagenet1k_base.yaml \
         --init runs/web200m_base --data.images imagenet
     python run/finetune.py --deepspeed ds_configs/zero1.json --init runs/NAME      # Fashion-MNIST
-    python run/finetune.py --deepspeed ds_configs/zero1.json --config run/recipes/answer/statements_tiny.yaml
+    python run/finetune.py --deepspeed ds_configs/zero1.json --config run/recipes/answer/statements_tiny.yaml \
+        --data.tokenizer runs/unix2/checkpoint-560
 
 --init names a pre-training run, one of its checkpoints (written by any number of ranks, under any ZeRO stage), or a
 file in timm's, MAE's or transformers' layout; without it, training starts from scratch. The same command again resumes

@@ -1,11 +1,11 @@
 #!/bin/bash
-# Collect what run/gpu_checks.sh wants on a machine without a network: Linux on x86-64, Python 3.12, with PyTorch.
+# Collect what run/gpu_checks.sh needs on a machine without a network: Linux on x86-64, Python 3.12, with PyTorch.
 # usage: run/gpu_bundle.sh [FOLDER]        (`make gpu-bundle` gives it the environment of `make demo`)
 #
 # FOLDER (gpu_bundle) is replaced as a whole and holds at most 64 MiB:
 #   wheels/        WHEELS below, in the versions of constraints.txt: what the parts import and machines with PyTorch
 #                  and transformers lack. From pip's own index, whichever it is set to.
-#   shards/        the embedded default and its tokenizer
+#   shards/        the embedded drawings and their tokenizer
 #   triton_cache/  optional, a copy of the folder that TRITON_CACHE names: kernels compiled by the same Triton and Python
 # PYTHON names the environment's Python.
 set -euo pipefail

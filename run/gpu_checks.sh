@@ -1,5 +1,5 @@
 #!/bin/bash
-# What one GPU has to say in 8 minutes: whether training starts and resumes, how fast kernels and steps are, whether the
+# What one GPU can show in 8 minutes: whether training starts and resumes, how fast kernels and steps are, whether the
 # tests pass. One table at the end.
 # usage: bash run/gpu_checks.sh [--device cpu] [--seconds 480] [--work FOLDER] [RESULTS]
 #
@@ -14,7 +14,7 @@
 # Works without a network: Python ($PYTHON, else that of .venv, else python3) must have PyTorch >= 2.11, Triton, timm,
 # transformers, pyarrow, safetensors, tokenizers, tensorboard, psutil, rich and pytest. What else is imported comes from
 # gpu_bundle/, which `make gpu-bundle` collects elsewhere: wheels/ (DeepSpeed, jsonargparse, simplejpeg and what they
-# import), shards/ (the embedded default), triton_cache/ (compiled kernels; may be left out).
+# import), shards/ (the embedded drawings), triton_cache/ (compiled kernels; may be left out).
 #
 # --device cpu is a dry run: all parts, with small sizes, and without compiling where torch.compile would.
 # Exit status: 0, 1 if a part failed or reached its limit, 2 if there is no GPU or an option is wrong.
@@ -100,7 +100,7 @@ part() {
   local verdict=PASS status last line tick
   shift 2
   if [ "$left" -le "$least" ]; then
-    line=$(printf '%-10s LEFT OUT        it wants %d s, %d are left' "$name" "$least" "$((left > 0 ? left : 0))")
+    line=$(printf '%-10s LEFT OUT        it needs %d s, %d are left' "$name" "$least" "$((left > 0 ? left : 0))")
   else
     timeout --kill-after=3 $((limit < left ? limit : left)) "$@" >"$work/$name.log" 2>&1 </dev/null &
     child=$!

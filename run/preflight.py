@@ -4,8 +4,9 @@
     deepspeed --hostfile hosts run/preflight.py --deepspeed ds_configs/zero3.json \\
         --config run/recipes/mug/cc3m_base.yaml
 
-takes the launcher and the options of the run itself: put `preflight` for `pretrain` in its command. Nothing is
-trained, and nothing stays on the disk. Status 0: ready; 1: a check failed; 2: the command itself is wrong.
+takes the launcher and the options of the run itself: replace `pretrain` by `preflight` in its command. Nothing is
+trained, and nothing but the index of the shards stays on the disk. Status 0: ready; 1: a check failed; 2: the command
+itself is wrong.
 """
 
 import dataclasses
@@ -30,13 +31,13 @@ from mug.run.common.errors import RunError
 from mug.run.pretrain import DEFAULT_RECIPE
 from mug.run.training.deepspeed_config import check_batch, load_deepspeed_config
 from mug.run.training.engine import recipe_values
-from mug.run.training.node_checks import CheckResult, existing_folder, survey
+from mug.run.training.node_checks import CheckResult, check_node, existing_folder
 from mug.run.training.recipe import parse_command
 
 # Checks whose values must agree on all ranks.
 SAME = ("versions", "code", "recipe", "index")
 CLOCK_LIMIT = 1.0  # seconds; NTP keeps hosts within milliseconds
-COLLECTIVE_PATIENCE = timedelta(minutes=2)
+COLLECTIVE_TIMEOUT = timedelta(minutes=2)
 
 
 def main(console: Console) -> None:
@@ -51,13 +52,13 @@ def main(console: Console) -> None:
     # --- Each rank alone: the store needs no more of the network than the way to rank 0 ---
     store = rendezvous(rank, world)
     hardware.use_device()
-    reports = exchange(store, rank, world, survey(command, ds_config, rank, world))
+    reports = exchange(store, rank, world, check_node(command, ds_config, rank, world))
     batch = f"{trainer.global_batch} = {trainer.micro_batch} x {steps} accumulation x {world} rank(s)"
     findings = [CheckResult("batch", batch), *merge(reports)]
 
     # --- Ranks together: only over a network that every one of them can use ---
     if not any(finding.problem for finding in findings if finding.check == "network"):
-        hardware.start_process_group(store, COLLECTIVE_PATIENCE)
+        hardware.start_process_group(store, COLLECTIVE_TIMEOUT)
         findings += [clock(reports), shared_folder(command.output, reports), bandwidth()]
         dist.barrier()
         dist.destroy_process_group()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""FLOP of a sample, by kind of batch and loss, and what a recipe's run costs on a GPU of a name.
+"""FLOP of a sample, by kind of batch and loss, and what a recipe's run costs on a named GPU.
 
     python run/recipe_cost.py run/recipes/unix2/base.yaml --gpu H100 --words 18 --vocabulary 250027
     python run/recipe_cost.py run/recipes/clip/cc3m_base.yaml --samples 1.13e8 --words 14
@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("recipe", type=str, help="a YAML file of run/recipes/ that pretrain.py takes")
     parser.add_argument("--gpu", type=str, default="H100", help=", ".join(PEAK_FLOPS))
     parser.add_argument("--utilization", type=float, default=UTILIZATION, help="share of its peak, dense bf16")
-    parser.add_argument("--words", type=int, default=17, help="tokens of a text, beside BOS, EOS and language")
+    parser.add_argument("--words", type=int, default=17, help="tokens of a text, besides BOS, EOS and language")
     parser.add_argument("--vocabulary", type=int, default=30_522, help="tokens of the tokenizer")
     parser.add_argument("--samples", type=float | None, default=None, help="of the run, where max_steps is not set")
     options = parser.parse_args(arguments)
@@ -76,7 +76,7 @@ def recipe_of(file: str) -> Recipe:
 
 def samples_of(recipe: Recipe) -> int:
     if recipe.trainer.max_steps is None:
-        raise RunError("the recipe counts epochs, of data that are not here: give --samples")
+        raise RunError("the recipe counts epochs of data that are not read here: give --samples")
     return recipe.trainer.max_steps * recipe.trainer.global_batch
 
 

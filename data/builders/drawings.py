@@ -66,7 +66,7 @@ def named_pairs(
     """Yields the drawings below `folder` whose caption is wanted, captioned by their files' names.
 
     `group` is the caption, so that drawings of one name fall on one side of a split; `label` is the folder's name.
-    A name without a letter is no caption: such a drawing has none.
+    A name without a letter is not a caption: such a drawing has none.
     """
     for path in paths:
         group = words(path.stem)

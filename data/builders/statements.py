@@ -3,7 +3,7 @@
 A statement is a keyword that Unicode's CLDR gives a drawing, in the words of its translators: `true` is one of the
 drawing's own, `unsure` one of a sibling in its subgroup of Unicode's emoji list (npm package emoji.json), which may fit
 or not, `false` one of another subgroup. In another language it is a keyword of the same drawing as in English, not its
-translation. A word of the drawing's own is no false or unsure statement, and one of its siblings' is no false one.
+translation. A word of the drawing's own is never false or unsure, one of its siblings' never false.
 
 The three are equally many, and all of a split's words are of drawings of this split. Of an emoji's variants (skin
 tones) only the first is taken. The same packages, the same bytes.

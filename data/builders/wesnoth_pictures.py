@@ -29,7 +29,7 @@ def wesnoth_picture_pairs(source: Path | None, left_out: LeftOut, wanted: Callab
     folder, paths = PACKAGE.find(source), []
     for path in (path for inside in FOLDERS for path in sorted((folder / inside).rglob("*.png"))):
         if PEOPLES.search(path.stem.lower()):
-            left_out.add("pictures whose name tells a people", f"'{path.relative_to(folder)}'")
+            left_out.add("pictures named after a people", f"'{path.relative_to(folder)}'")
         elif not path.is_symlink():
             paths.append(path)
     return named_pairs(PACKAGE, folder, paths, wanted)

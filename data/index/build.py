@@ -389,7 +389,7 @@ def _removed(path: Path) -> bool:
         held = Descriptor(path, os.O_RDWR)
         if not held.lock(fcntl.LOCK_EX | fcntl.LOCK_NB):
             return False
-    except OSError:  # a file system without locks cannot tell
+    except OSError:  # a file system without locks does not show it
         return False
     path.unlink()  # under the lock: who opens it meanwhile sees that it is gone
     return True

@@ -19,7 +19,7 @@ from mug.data.views import View
 
 Config = TextConfig
 
-MAX_SIDE = 5_000  # characters: more is no sentence, and may have been cut
+MAX_SIDE = 5_000  # characters: more is not a sentence, and may have been cut
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ def translation(samples: RowSamples, place: Place, parts: Parts) -> dict[str, np
     source, target = (list(found)[i] for i in (first, second + (second >= first)))
     said, meant = found[source][0], found[target][0]
     if (longest := max(len(said), len(meant))) > MAX_SIDE:
-        raise BadSample(f"a side of {longest:,} characters or more, which is no sentence")
+        raise BadSample(f"a side of {longest:,} characters or more, too long for a sentence")
     assert samples.tokenizer is not None
     return {
         "source": samples.encode(said, source),

@@ -76,7 +76,7 @@ class Questions(ImageSamples):
         """Returns the image, the question and the number of its answer."""
         label = self._label(parts)
         if label == NO_LABEL and self.order is not None:
-            raise BadSample("an answer that is none of data.labels")
+            raise BadSample("an answer that is not in data.labels")
         language, text = self.text_in_turn(place, parts)
         return {**self.pixels(place, parts[0]), "tokens": self.encode(text, language), "label": np.array(label)}
 
@@ -115,7 +115,7 @@ def read_labels(path: str | None) -> tuple[str, ...]:
     except (OSError, ValueError) as error:
         raise DataError(f"data.labels {path} cannot be read ({error}): give a file of answers, one a line") from error
     if not isinstance(labels, list) or not labels or not all(isinstance(one, str) and one for one in labels):
-        raise DataError(f"data.labels {path} is no list of answers: give one a line, or a list of texts in JSON")
+        raise DataError(f"data.labels {path} is not a list of answers: give one a line, or a list of texts in JSON")
     if len(set(labels)) < len(labels):
         twice = next(one for one in labels if labels.count(one) > 1)
         raise DataError(f"data.labels {path} has '{twice}' twice: remove one")

@@ -48,7 +48,7 @@ class Shape:
     def check_one_view(self, what: str) -> None:
         """Raise DataError where several views are wanted of samples that are read in one."""
         if self.views:
-            raise DataError(f"{what} are read in one view; only pairs can be read in several")
+            raise DataError(f"{what} are read in one view; only pairs and image_bitext can be read in several")
 
 
 @runtime_checkable

@@ -40,7 +40,7 @@ def open_train(config: TextConfig, seed: int, shape: Shape) -> Texts:
     """Returns the texts to train on; without shards, the embedded names.
 
     Raises:
-        DataError: shards or tokenizer are missing or damaged, or the tokenizer has no tokens of languages.
+        DataError: shards or tokenizer are missing or damaged, or the tokenizer has no language tokens.
     """
     sources, tokenizer = open_languages(config)
     report_added(tokenizer)
@@ -74,7 +74,5 @@ def open_languages(config: TextConfig) -> tuple[Sources, Tokenizer]:
     sources = sources_of(config)
     tokenizer = load_tokenizer(sources.tokenizer, config)
     if not tokenizer.languages:
-        raise DataError(
-            "data.tokenizer has no tokens of languages: train one by run/train_tokenizer.py --model unigram"
-        )
+        raise DataError("data.tokenizer has no language tokens: train one with run/train_tokenizer.py --model unigram")
     return sources, tokenizer

@@ -13,7 +13,7 @@ from braceexpand import UnbalancedBracesError, braceexpand  # pyrefly: ignore[mi
 from mug.data.errors import DataError
 from mug.data.store.remote import redact_url
 
-MAX_WORDS = 1_000_000  # max of a pattern: a range with too many digits ends in a message, not in swap
+MAX_WORDS = 1_000_000  # of a pattern: a range with too many digits ends in a message, not in swap
 RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(\d+))?")
 
 

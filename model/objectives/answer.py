@@ -1,4 +1,4 @@
-"""Answers questions about images, and judges statements about them: the fusion encoder of UniX² and an MLP (§4.3.2).
+"""Answers questions about images, and classifies statements: the fusion encoder of UniX² and an MLP (§4.3.2).
 
 The image and the text are read and fused as in `unix2`, whose parts `encoder`, `text_encoder` and `fusion_encoder` this
 can begin with; an MLP on the state of the fusion encoder's own token chooses among the answers. Where the paper is

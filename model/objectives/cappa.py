@@ -2,7 +2,7 @@
 
 Where the authors differ: their encoder has no class token, their decoder no biases. Their decoder predicts in parallel
 without a causal mask, of captions padded to one length; here, where captions are packed, the mask stays causal, as
-without it the number of masks would tell how long the caption is. Dimension letters: B batch, T tokens.
+without it the number of masks would reveal how long the caption is. Dimension letters: B batch, T tokens.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class CapPa(Captioner):
     def __init__(self, config: CapPaConfig, context: Context):
         super().__init__(config, context)
         if config.parallel_share and self.vocabulary.mask is None:
-            raise ModelConfigError("model.parallel_share needs a tokenizer with a mask token; 0 does without")
+            raise ModelConfigError("model.parallel_share needs a tokenizer with a mask token; or set it to 0")
 
     def task(self, batch: Batch) -> CaptionTask:
         task = super().task(batch)

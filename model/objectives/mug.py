@@ -142,7 +142,7 @@ def stage_flops(
     """Returns the FLOP of a sample, forward and backward, by stage: encoder, pixel_decoder, text_decoder, caption_head.
 
     Args:
-        tokens: of the caption; None: one that fills the model's text length, as in published figures.
+        tokens: of the caption; None: one that fills the model's text length, as in published numbers.
         losses: those that are computed; the stages of others are left out.
     """
     stages = {"encoder": flops.encoder(config)}

@@ -221,7 +221,7 @@ class CaptionsInLanguages(Captions, Protocol):
     """Writes captions in several languages."""
 
     def languages(self) -> tuple[str, ...]:
-        """Returns the languages that it writes in; empty where its tokenizer has no tokens of languages."""
+        """Returns the languages that it writes in; empty where its tokenizer has no language tokens."""
 
     def caption(self, image_BCHW: Tensor, beams: int = 1, language: int = 0) -> Tensor:
         """Returns captions in the language of this number, int64 [B, T], BOS … EOS PAD."""
@@ -280,7 +280,7 @@ class Reconstructs(Protocol):
 
 @runtime_checkable
 class ScoresCaptions(Protocol):
-    """Tells how likely captions of an image are."""
+    """Scores how likely captions of an image are."""
 
     def check_captions(self) -> None:
         """Raise ObjectiveError where this model's configuration or losses leave it unable to."""
@@ -312,7 +312,7 @@ class AnswersQuestions(Protocol):
 
 @runtime_checkable
 class KnowsFloors(Protocol):
-    """Tells what its losses are of a model that has learned nothing of its inputs."""
+    """Knows the losses of a model that ignores its inputs."""
 
     def targets(self, batch: Batch) -> dict[str, Tensor]:
         """Returns int64 [K] by loss: the classes that it predicts, of those losses that predict classes."""

@@ -20,7 +20,7 @@ class OpenVision2Config(TextDecoderConfig):
 
     Args:
         text_unimodal_layers: text blocks that see only text.
-        kept_tokens: share of the patches' tokens that the decoder sees in training, beside the class token.
+        kept_tokens: share of the patches' tokens that the decoder sees in training, besides the class token.
     """
 
     text_unimodal_layers: int = 0
@@ -34,7 +34,7 @@ class OpenVision2Config(TextDecoderConfig):
     def check(self) -> None:
         super().check()
         if not 0 < self.kept_tokens <= 1 or not self.kept:
-            raise ModelConfigError(f"model.kept_tokens {self.kept_tokens} keeps no patch, or more than all of them")
+            raise ModelConfigError(f"model.kept_tokens {self.kept_tokens} keeps no patch, or more than there are")
 
 
 class OpenVision2(Captioner):

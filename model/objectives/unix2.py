@@ -93,7 +93,7 @@ class UniX2(CoupledObjective):
         if self.vocabulary.mask is None:
             raise ModelConfigError("objective unix2 needs a tokenizer with a mask token: give one by data.tokenizer")
         if config.itm_negatives == "hard" and "itm" in self.active and "cmcl" not in self.active:
-            raise ModelConfigError("model.itm_negatives hard draws by CMCL: give loss_weights.cmcl a weight, or random")
+            raise ModelConfigError("model.itm_negatives hard needs CMCL: give loss_weights.cmcl a weight, or random")
         self.encoder = Encoder(config)
         self.encoder.learn_positions()
         self.head = CaptionHead(config.text_width, self.vocabulary)
@@ -163,7 +163,7 @@ class UniX2(CoupledObjective):
 
     def _reading(self, batch: Batch) -> Reading:
         if not self._names(batch):
-            raise ObjectiveError(f"no loss of {kind_of(batch)} data has a weight: leave out their stream")
+            raise ObjectiveError(f"no loss of {kind_of(batch)} data has a weight: leave out that stream")
         read = {"pairs": self._of_pairs, "bitext": self._of_bitext, "text": self._of_text}
         return read.get(kind_of(batch), self._of_image_bitext)(batch)
 

@@ -52,7 +52,7 @@ class Ceilings:
     matmul: float
 
     def share(self, work: Work, seconds: float) -> float:
-        """Returns the share of the roofline: the min time of the slower of memory and arithmetic, over `seconds`."""
+        """Returns the share of the roofline: the longer of memory's and arithmetic's minimum times, over `seconds`."""
         return max(work.bytes / self.copy, work.flops / self.matmul) / seconds
 
 

@@ -73,8 +73,8 @@ def use_device() -> None:
         local_rank = int(os.environ["LOCAL_RANK"])
         if local_rank >= torch.cuda.device_count():
             raise RankLocalError(
-                f"LOCAL_RANK is {local_rank}, but this host shows {torch.cuda.device_count()} GPU(s): start fewer ranks"
-                " on it, or check CUDA_VISIBLE_DEVICES"
+                f"LOCAL_RANK is {local_rank}, but PyTorch sees {torch.cuda.device_count()} GPU(s): start fewer ranks"
+                " on this host, or check CUDA_VISIBLE_DEVICES"
             )
         torch.cuda.set_device(local_rank)
 

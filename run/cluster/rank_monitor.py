@@ -44,7 +44,7 @@ class RankMonitor:
 
     def __init__(self, console: Console, hang_seconds: float):
         self.console = console
-        self.beat = min(HEARTBEAT_SECONDS, hang_seconds / 10)
+        self.interval = min(HEARTBEAT_SECONDS, hang_seconds / 10)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.steps_made, self.place, self.left = 0, "starting", False
         self.losses: tuple[Path, lost_ranks.Losses] | None = None  # the run's folder, and those so far
@@ -97,22 +97,22 @@ class RankMonitor:
 
     def _listen(self) -> None:
         """Send heartbeats and listen until this rank leaves, or the server reports a lost rank, or is lost itself."""
-        heard, spoken, launcher_is_gone = time.monotonic(), float("-inf"), False
+        last_heard, last_sent, launcher_is_gone = time.monotonic(), float("-inf"), False
         while not self.left:
-            if time.monotonic() >= spoken + self.beat:
-                spoken = time.monotonic()
+            if time.monotonic() >= last_sent + self.interval:
+                last_sent = time.monotonic()
                 self.line.send({"progress": self.steps_made, "place": self.place, "waits": _waits_for_others()})
                 if not launcher_is_gone and LAUNCHER.is_gone():
                     launcher_is_gone = True
                     self._ask_to_end()
-            messages = self.line.receive(max(0.0, spoken + self.beat - time.monotonic()))  # answers come at once
+            messages = self.line.receive(max(0.0, last_sent + self.interval - time.monotonic()))  # answers come at once
             if self.left:
                 return
             if messages is None:
                 self._end("rank 0 is lost: its process ended")
             elif messages:
-                heard = time.monotonic()
-            elif time.monotonic() - heard > HEARTBEAT_TIMEOUT:
+                last_heard = time.monotonic()
+            elif time.monotonic() - last_heard > HEARTBEAT_TIMEOUT:
                 self._end(f"no heartbeat from rank 0 for {HEARTBEAT_TIMEOUT:.0f} s")
             for message in messages or ():
                 if message.get("dump"):
@@ -120,21 +120,21 @@ class RankMonitor:
                 if "warning" in message and self.rank == 0:
                     self.console.warn(message["warning"])
                 if "end" in message:
-                    self._end(message["end"], message["status"], speaks=self.rank == 0)
+                    self._end(message["end"], message["status"], reports=self.rank == 0)
 
     def _ask_to_end(self) -> None:
         """End as on preemption by a scheduler: all ranks save and end; before training, they just end."""
-        self.console.warn("the launcher is gone: the run is saved and ends")
+        self.console.warn("the launcher is gone: saving the run and ending it")
         print("the launcher of this rank is gone", file=sys.stderr)  # into the log
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def _end(self, line: str, status: int = RESTART, speaks: bool | None = None) -> NoReturn:
+    def _end(self, line: str, status: int = RESTART, reports: bool | None = None) -> NoReturn:
         """End this process. Where rank 0 is lost and cannot report, the first rank of each machine does."""
         if status == RESTART:
-            speaks = int(os.environ["LOCAL_RANK"]) <= 1 if speaks is None else speaks
-            status, remedy = self._count_loss(keep=speaks)
+            reports = int(os.environ["LOCAL_RANK"]) <= 1 if reports is None else reports
+            status, remedy = self._count_loss(keep=reports)
             line += f"; {remedy}"
-            if speaks:
+            if reports:
                 self.console.close()
                 self.console.error(f"error: {line}")
         print(line, file=sys.stderr)  # into the log
@@ -149,7 +149,7 @@ class RankMonitor:
                 lost_ranks.write(output, losses)
             if losses.in_a_row >= lost_ranks.LIMIT:
                 return NO_PROGRESS, (
-                    f"the run has ended {losses.in_a_row} times in a row like this, none beyond step {losses.reached}:"
+                    f"the run has ended like this {losses.in_a_row} times in a row, never beyond step {losses.reached}:"
                     " see logs/rank*.log before restarting it"
                 )
         return RESTART, "rerun the same command to resume from the newest checkpoint"
@@ -207,7 +207,7 @@ class RankStatus:
     host: str
     pid: int
     line: JsonSocket
-    heard: float
+    last_heard: float
     advanced: float  # time of its last progress
     progress: int = -1
     place: str = "starting"
@@ -264,7 +264,7 @@ class MonitorServer:
                 self._note(member, message, time.monotonic())
 
     def _note(self, member: RankStatus, message: dict[str, Any], now: float) -> None:
-        member.heard = now
+        member.last_heard = now
         if message.get("left"):
             member.left = True
             if message["reason"] and not self.failed:
@@ -281,7 +281,7 @@ class MonitorServer:
         if self.failed and now - self.failed[0] > SHUTDOWN_GRACE:
             self._end(self.failed[1], status=1)
         for member in present:
-            if now - member.heard > HEARTBEAT_TIMEOUT:
+            if now - member.last_heard > HEARTBEAT_TIMEOUT:
                 self._end(f"no heartbeat from {member} for {HEARTBEAT_TIMEOUT:.0f} s")
                 return
         if not present:

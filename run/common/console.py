@@ -244,7 +244,7 @@ def run_command(main: Callable[[Console], None]) -> None:
         exit_now(RESTART)
     except KeyboardInterrupt:
         console.close()
-        console.error("stopped by the keyboard")
+        console.error("interrupted from the keyboard")
         exit_now(130)
     except Exception:
         console.close()

@@ -117,7 +117,7 @@ class WrittenCaptions(Evaluator):
 
 
 def chooses_language(objective: object) -> bool:
-    """Whether the objective writes in the language that it is told."""
+    """Whether the objective writes in a language of choice."""
     return isinstance(objective, CaptionsInLanguages) and bool(objective.languages())
 
 

@@ -118,7 +118,7 @@ class Evaluator:
 
     @classmethod
     def suits(cls, objective: type[Objective]) -> bool:
-        """Whether objectives of this class have the ability, as far as the class alone tells."""
+        """Whether objectives of this class have the ability, as far as the class alone shows."""
         return issubclass(objective, cls.needs)
 
     def check(self, objective: Objective) -> None:

@@ -1,4 +1,4 @@
-"""The objective's held-out losses beside what they are of a model that has learned nothing but frequencies.
+"""The objective's held-out losses next to those of a model that has learned nothing but frequencies.
 
 Of a loss that predicts one of some classes, words for example, the floor is the entropy of its held-out targets'
 unigrams: no prediction that ignores the input is better. Of one that finds a sample among those of its group, it is
@@ -20,7 +20,7 @@ from mug.run.evaluators.losses import HeldOutLosses
 
 @dataclass(frozen=True)
 class FloorsConfig(EvalConfig):
-    """Held-out losses beside their floors, of `trainer.eval_samples` samples spread over the set."""
+    """Held-out losses next to their floors, of `trainer.eval_samples` samples spread over the set."""
 
 
 class Seen(NamedTuple):
@@ -32,7 +32,7 @@ class Seen(NamedTuple):
 
 class Floors(HeldOutLosses):
     """`floor/NAME` in nats, as `loss/NAME` of evaluation losses; of each stream where there are several, after its name
-    and a slash. Shows a table of losses and floors, the record has both."""
+    and a slash. Shows a table of losses and floors; the record has both."""
 
     Config = FloorsConfig
     needs = KnowsFloors

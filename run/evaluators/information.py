@@ -71,7 +71,7 @@ class Information(Evaluator):
     def run(self, subject: Subject) -> Result:
         groups = len(self.pairs) // self.config.candidates
         if groups < 2:
-            raise RunError(f"{len(self.pairs)} pairs are less than two groups; lower `candidates`")
+            raise RunError(f"{len(self.pairs)} pairs are fewer than two groups; lower `candidates`")
         mine = [(group, self._scores(subject.whole, group)) for group in share(groups)]
         found = [scores for _, scores in sorted(hardware.gather(mine), key=lambda one: one[0])]
         self.pairs.report()

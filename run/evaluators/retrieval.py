@@ -45,7 +45,7 @@ class RetrievalConfig(PairsConfig):
 
     Args:
         languages: languages of the captions, 'en,de', each of which is searched by itself; without it, the run's if
-            the tokenizer has tokens of languages, else captions in any of the run's languages together.
+            the tokenizer has language tokens, else captions in any of the run's languages together.
     """
 
     languages: str | None = None

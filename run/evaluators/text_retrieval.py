@@ -76,7 +76,7 @@ class TextRetrieval(Evaluator):
         named = TextConfig(language=config.languages).languages() if config.languages else ()
         known = named or (context.tokenizer.languages if context.tokenizer else ())
         if not known:
-            raise RunError("the tokenizer has no tokens of languages: name some by text_retrieval.languages")
+            raise RunError("the tokenizer has no language tokens: name languages by text_retrieval.languages")
         check_tokens([*known, TEXT_LANGUAGE], context, "text_retrieval.languages")
         self.pairs = open_texts(config, context, KINDS, [*dict.fromkeys([*known, TEXT_LANGUAGE])])
 

@@ -77,7 +77,7 @@ class Translate(Evaluator):
         super().check(objective)
         objective.check_translations()
         if not objective.languages():
-            raise RunError("evaluation translate needs a tokenizer with tokens of languages")
+            raise RunError("evaluation translate needs a tokenizer with language tokens")
 
     def run(self, subject: Subject) -> Result:
         rows = list(self._write_share(subject.whole))

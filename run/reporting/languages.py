@@ -1,4 +1,4 @@
-"""A picture of captions in several languages, as SVG: whoever looks at it has the fonts."""
+"""A picture of captions in several languages, as SVG: it is drawn with the fonts of whoever looks at it."""
 
 import unicodedata
 from collections.abc import Mapping, Sequence

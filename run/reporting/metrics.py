@@ -40,7 +40,7 @@ KNOWN = {
     "data_wait": (SPEED, "Data wait: share of a step"),
     "goodput": (SPEED, "Goodput: share of wall time that advanced the run"),
     "memory_gb": (SPEED, "Peak memory of a rank, GB"),
-    "replaced": (SPEED, "Samples replaced so far"),
+    "bad_samples": (SPEED, "Samples replaced so far"),
     "checkpoint: seconds": (PAUSES, "Checkpoint: seconds that training stood still"),
     "checkpoint: write_seconds": (PAUSES, "Checkpoint: seconds of writing"),
 }

@@ -22,7 +22,7 @@ COLOURS = 8  # of the style; later runs begin again
 STEPS_SHOWN = 6  # pictures of a run, spread over training
 GRIDS_MOVING = 20  # frames, likewise
 HERO_ROWS = 3
-PAIRS_SHOWN = 48  # held-out pairs in all pictures together, max 8 a run
+PAIRS_SHOWN = 48  # held-out pairs in all pictures together, at most 8 a run
 CAPTIONS_SHOWN = 8
 SHARDS_SHOWN = 10
 LAUNCHES_SHOWN = 6
@@ -85,7 +85,7 @@ def glance(runs: Sequence[RunFolder], warn: Callable[[str], None]) -> list[Block
         note = correct_line(evaluations[-1]) if evaluations else ""
         if grids:
             *_, latest = grids.values()
-            pictures = [(data_url(draw_hero(latest[:HERO_ROWS])), "; ".join(map(_told, latest[:HERO_ROWS])))]
+            pictures = [(data_url(draw_hero(latest[:HERO_ROWS])), "; ".join(map(_alt_text, latest[:HERO_ROWS])))]
             if len(grids) > 1 and PAINTED in latest[0].images:
                 moving = bytes_url(draw_training(grids, PAINTED), "webp")
                 pictures.append((moving, "reconstructions through training"))
@@ -93,8 +93,8 @@ def glance(runs: Sequence[RunFolder], warn: Callable[[str], None]) -> list[Block
     return blocks
 
 
-def _told(row: GridRow) -> str:
-    """Returns a row's captions, for who does not see it."""
+def _alt_text(row: GridRow) -> str:
+    """Returns a row's captions, for those who cannot see the picture."""
     return ", ".join(f"{author}: {text}" for author, text in row.captions.items())
 
 

@@ -211,7 +211,7 @@ def _read_manifest(folder: Path, format: int) -> dict[str, Any]:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
         raise Damaged(f"{folder}: {MANIFEST} is damaged (it has no format)")
     if manifest["format"] == FORMAT != format:
-        raise RunError(f"{folder} has the present format, {FORMAT}: there is nothing to convert")
+        raise RunError(f"{folder} already has the current format, {FORMAT}: there is nothing to convert")
     if manifest["format"] != format:
         remedy = "use the version of this program that wrote it, or choose another --output"
         if manifest["format"] < format:

@@ -84,7 +84,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _of_the_encoder(values: dict[str, Any], path: Path) -> State:
     """The tensors, fp32, that stand below the class token's prefix, such as DDP's `module.`, without it; all if there
-    is no prefix."""
+    is none."""
     state = {name: value.float() for name, value in values.items() if isinstance(value, Tensor)}
     found = {name.removesuffix(token) for token in CLASS_TOKENS for name in state if name.endswith(token)}
     prefixes = {prefix for prefix in found if prefix.endswith(".") and not prefix.endswith("embeddings.")}

@@ -49,7 +49,7 @@ def check_part(model: nn.Module, part: str, option: str) -> None:
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     if not any(f"{name}.".startswith(f"{part}.") for name in names):
         parts = dict.fromkeys(name.partition(".")[0] for name in names)
-        raise RunError(f"{option}: the model has no part of this name; it has {', '.join(parts)}, and those in them")
+        raise RunError(f"{option}: the model has no part of this name; it has {', '.join(parts)}, and their submodules")
 
 
 def _load_language_model(model: TakesLanguageModel, path: str, warn: Callable[[str], None]) -> None:

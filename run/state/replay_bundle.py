@@ -87,7 +87,7 @@ def _parse(path: Path) -> Bundle:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         if fields.pop("format") != FORMAT:
-            raise RunError(f"{path} has another format than {FORMAT}")
+            raise RunError(f"{path} has a format other than {FORMAT}")
         fields["micro_batches"] = [
             MicroBatch(one["rank"], tuple(one["positions"]), {term: float(x) for term, x in one["losses"].items()})
             for one in fields["micro_batches"]

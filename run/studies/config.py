@@ -41,7 +41,7 @@ class PoolConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """An encoder that is pre-trained and judged: a row of the table.
+    """An encoder that is pre-trained and evaluated: a row of the table.
 
     Args:
         objective: what is learned: the name of a file in model/objectives/.
@@ -49,7 +49,7 @@ class EncoderConfig:
         pool: what it learns from; without it, the first pool.
         seeds: of pre-training: 0, 1, …; without it, the study's.
         flops_of: another encoder: this one sees as many samples as cost what the other one's do; needs a grid.
-        recipe: values of its recipe, by section, beside the study's.
+        recipe: values of its recipe, by section, in addition to the study's.
     """
 
     objective: str | None = None
@@ -63,7 +63,7 @@ class EncoderConfig:
 @dataclass(frozen=True)
 class GridConfig:
     """Peak learning rates, of which each encoder takes the one that is best by nearest neighbours on `set`, which is
-    no judge: on its held-out images, against its training images.
+    not a judge: on its held-out images, against its training images.
 
     Args:
         rates: values of trainer.base_learning_rate.
@@ -86,7 +86,7 @@ class GridConfig:
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """A labelled set that frozen encoders are judged on; no pool holds its pictures.
+    """A labelled set that frozen encoders are evaluated on; no pool holds its pictures.
 
     Args:
         set: its name.
@@ -150,10 +150,10 @@ class Study:
         sets: the data, by name.
         pools: what is learned from, by name; the first is that of encoders which name none.
         base: a recipe that each pre-training begins with, and whose data it has, instead of those of a pool; of a pool
-            then only the pictures matter, that no judge must have.
+            then only the pictures matter, which no judge may have.
         encoders: what is compared, by name.
-        judges: what is judged on, by name.
-        comparisons: pairs of encoders of which the difference is claimed, or not; all others are without claims.
+        judges: the labelled sets to evaluate on, by name.
+        comparisons: pairs of encoders whose difference is tested; no claims are made about others.
         model: sizes; each objective takes those that it has.
         recipe: values of all encoders' recipes, by section.
         frozen: evaluations of frozen encoders on each judge, and their options.

@@ -26,7 +26,7 @@ RUN = Path(__file__).parents[1]
 class Job:
     """One command of run/.
 
-    produces: file or folder, removed before the command runs anew.
+    produces: file or folder, removed before the command runs again.
     resumes: the command itself resumes in what it has produced.
     """
 

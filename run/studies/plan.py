@@ -1,4 +1,4 @@
-"""The commands of a study: data, choice of learning rates, pre-training, judging and fine-tuning."""
+"""The commands of a study: data, choice of learning rates, pre-training, evaluation and fine-tuning."""
 
 import dataclasses
 import statistics
@@ -14,9 +14,9 @@ from mug.run.studies.jobs import RUN, Job, flags
 from mug.run.training.recipe import flat
 
 DEEPSPEED = RUN.parent / "ds_configs" / "zero1.json"
-FLOORS = {"raw pixels": "pixels", "components of pixels": "components", "untrained": "random"}  # --encoder of each
+BASELINES = {"raw pixels": "pixels", "components of pixels": "components", "untrained": "random"}  # --encoder of each
 METHODS = {"knn": "kNN", "linear_probe": "linear probe", "attentive_probe": "attentive probe"}  # in records
-FEATURES = ("mean of patches", "pixels", "components")  # what an encoder is judged by: one kind each
+FEATURES = ("mean of patches", "pixels", "components")  # what an encoder is evaluated by: one kind each
 SCRATCH = "from scratch"
 CROPS = [0.6, 1.0]  # shares of an image that are learned from, where the objective does not crop views of its own
 WHOLE_RUN = 10**9  # steps: more than any run has
@@ -38,7 +38,7 @@ class Plan:
         if self.study.grid:
             yield [self._rate(name, rate) for name in self._leaders() for rate in self.study.grid.rates]
         yield [self._encoder(name, seed) for name, seed in self.runs()]
-        yield [self._judges(floor, self.run(*self.runs()[0]), kind) for floor, kind in FLOORS.items()]
+        yield [self._judges(name, self.run(*self.runs()[0]), kind) for name, kind in BASELINES.items()]
         if self.study.finetune:
             tuned = [(SCRATCH, 0), *self.runs()]
             yield [self._finetune_rates(name) for name in dict.fromkeys(name for name, _ in tuned)]
@@ -141,7 +141,7 @@ class Plan:
         return statistics.median(row["tflops"] / row["images_per_s"] for row in rows if "tflops" in row)
 
     def _encoder(self, name: str, seed: int) -> Chain:
-        """Pre-train an encoder and judge it."""
+        """Pre-train an encoder and evaluate it."""
         study, label, run, samples = self.study, f"{name} {seed}", self.run(name, seed), self.samples(name)
         steps = samples // study.batch
         values: dict[str, Any] = {"trainer.max_steps": steps, "trainer.warmup_samples": samples // 10}
@@ -176,10 +176,10 @@ class Plan:
         command = ["pretrain.py", *base, "--output", str(run), *flags(sizes | fixed | recipe | values), *curve]
         return Job(f"pre-train {label}", command, run, resumes=True)
 
-    # --- Judging ---
+    # --- Evaluation ---
 
     def _judges(self, label: str, run: Path, encoder: str) -> Chain:
-        """Judge a frozen encoder, or a floor of the sizes of this run, on each set."""
+        """Evaluate a frozen encoder, or a baseline of the sizes of this run, on each judge."""
         return [self._judge(label, run, encoder, judge) for judge in self.study.judges]
 
     def _judge(self, label: str, run: Path, encoder: str, judge: str) -> Job:
@@ -264,7 +264,7 @@ def _plain(name: str) -> str:
 
 
 def records_in(found: Path, method: str) -> list[dict[str, Any]]:
-    """Returns the records of a method, by the one kind of features that encoders are judged by."""
+    """Returns the records of a method, by the one kind of features that encoders are evaluated by."""
     rows = read_rows(found)
     return [row for row in rows if row.get("method") == method and row.get("feature") in FEATURES]
 

@@ -17,7 +17,7 @@ from mug.run.reporting.records import read_rows
 from mug.run.reporting.sections import PLOT, Block, charts
 from mug.run.studies.config import JudgeConfig
 from mug.run.studies.leaks import leaks
-from mug.run.studies.plan import FLOORS, METHODS, SCRATCH, Plan, records_in, tuned_accuracy
+from mug.run.studies.plan import BASELINES, METHODS, SCRATCH, Plan, records_in, tuned_accuracy
 from mug.run.studies.statistics import ALPHA, Difference, difference, image_error, separable
 from mug.run.training.collapse import FLOORS as COLLAPSE
 from mug.run.training.collapse import is_low
@@ -37,8 +37,8 @@ class Results:
     # --- Values ---
 
     def labels(self, name: str) -> list[str]:
-        """Returns the names of an encoder's runs, or of a floor."""
-        return [name] if name in FLOORS else [f"{name} {seed}" for seed in self.plan.study.seeds_of(name)]
+        """Returns the names of an encoder's runs, or of a baseline."""
+        return [name] if name in BASELINES else [f"{name} {seed}" for seed in self.plan.study.seeds_of(name)]
 
     def on(self, name: str, judge: str, method: str) -> list[float]:
         """Returns the accuracy on a judge for each seed."""
@@ -101,18 +101,18 @@ class Results:
     # --- Tables ---
 
     def accuracy(self) -> Table:
-        """Accuracy of the frozen encoders, and of the floors."""
-        study, floor = self.plan.study, statistics.fmean(self.overall(UNTRAINED))
+        """Accuracy of the frozen encoders, and of the baselines."""
+        study, untrained = self.plan.study, statistics.fmean(self.overall(UNTRAINED))
         head = ["encoder", "seeds", *study.judges, "mean", f"mean - {UNTRAINED}"]
         rows = []
-        for name in [*study.encoders, *FLOORS]:
+        for name in [*study.encoders, *BASELINES]:
             overall = self.overall(name)
             cells = [
                 " / ".join(f"{100 * statistics.fmean(self.on(name, judge, method)):.1f}" for method in self.methods)
                 + self.collapsed(name, judge)
                 for judge in study.judges
             ]
-            ahead = f"{100 * (statistics.fmean(overall) - floor):+.2f}"
+            ahead = f"{100 * (statistics.fmean(overall) - untrained):+.2f}"
             rows.append([name, str(len(overall)), *cells, spread(overall), ahead])
         return head, rows
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 FLOORS = {"std": 0.2, "rank": 2.0}  # of the metrics of mug.model.heads.spread
-PATIENCE = 3  # logged steps in a row
+MIN_LOW = 3  # logged steps in a row
 
 
 class CollapseAlarm:
@@ -16,7 +16,7 @@ class CollapseAlarm:
         """Returns a warning, once, after some logged steps in a row with a metric below its floor."""
         low = [name for name, value in metrics.items() if value is not None and is_low(name, value)]
         self.low = self.low + 1 if low else 0
-        if self.warned or self.low < PATIENCE:
+        if self.warned or self.low < MIN_LOW:
             return None
         self.warned = True
         found = ", ".join(f"{name} {metrics[name]:.2f} (floor {FLOORS[name.partition('/')[0]]:g})" for name in low)

@@ -299,12 +299,12 @@ def _check_together(config: dict[str, Any], world_size: int) -> None:
             raise DeepSpeedConfigError("zero_optimization.offload_optimizer: needs stage 1, 2 or 3, not 0")
         if _torch_adam(config) and config.get("zero_force_ds_cpu_optimizer", True):
             raise DeepSpeedConfigError(
-                "optimizer.params.torch_adam: with offload_optimizer, DeepSpeed wants its own AdamW; "
+                "optimizer.params.torch_adam: with offload_optimizer, DeepSpeed requires its own AdamW; "
                 'write false, or set "zero_force_ds_cpu_optimizer": false at the top level'
             )
     if stage in (1, 2) and zero.get("allgather_bucket_size", 0) % 2:
         raise DeepSpeedConfigError(
-            f"zero_optimization.allgather_bucket_size: stage {stage} wants an even number,"
+            f"zero_optimization.allgather_bucket_size: stage {stage} needs an even number,"
             f" not {zero['allgather_bucket_size']}"
         )
     scaled = config.get("prescale_gradients", False) or config.get("gradient_predivide_factor", 1) != 1

@@ -44,7 +44,7 @@ class CheckResult:
     problem: str | None = None
 
 
-def survey(command: Command, ds_config: dict[str, Any], rank: int, world: int) -> list[CheckResult]:
+def check_node(command: Command, ds_config: dict[str, Any], rank: int, world: int) -> list[CheckResult]:
     """Returns the results of all checks of one rank; one that fails does not keep the others from running."""
     findings = [versions(), code(), recipe(command, ds_config)]
     trainer = command.recipe.trainer

@@ -289,7 +289,7 @@ def parse_command(prog: str, description: str, default: Path, arguments: Sequenc
     values = parser.instantiate(parsed)
     streams = {name: stream_of(values.data[name]) for name in named.streams}
     if streams and not any(stream.weight for stream in streams.values()):
-        raise RunError(f"data: the streams {', '.join(streams)} all have weight 0; give one more than 0")
+        raise RunError(f"data: the streams {', '.join(streams)} all have weight 0; give one a positive weight")
     recipe = Recipe(
         objective=named.objective,
         data={name: stream for name, stream in streams.items() if stream.weight} or values.data,
@@ -479,9 +479,7 @@ def check_loss_weights(recipe: Recipe) -> None:
     """Raise RunError unless the weights are those of the objective's losses, none below 0, and one above 0."""
     names = find_objective(recipe.objective).losses
     if set(recipe.loss_weights) != set(names):
-        raise RunError(
-            f"loss_weights names {', '.join(recipe.loss_weights)}; {recipe.objective} has {', '.join(names)}"
-        )
+        raise RunError(f"loss_weights has {', '.join(recipe.loss_weights)}; {recipe.objective} has {', '.join(names)}")
     for name, weight in recipe.loss_weights.items():
         if not weight >= 0:
             raise RunError(f"loss_weights.{name} must be at least 0, not {weight}")
@@ -494,7 +492,7 @@ def check_crops(recipe: Recipe) -> None:
     if not find_objective(recipe.objective).views(recipe.model):
         return
     scales = [f"model.{one.name}" for one in dataclasses.fields(recipe.model) if one.name.endswith("_scale")]
-    instead = {"crop_scale": f"set {' and '.join(scales)} instead", "flip": "its method mirrors them or does not"}
+    instead = {"crop_scale": f"set {' and '.join(scales)} instead", "flip": "the objective decides on mirroring"}
     for stream, options in recipe.streams.items():
         for one in dataclasses.fields(options.config):
             if one.name in instead and getattr(options.config, one.name) != one.default:

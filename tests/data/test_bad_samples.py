@@ -35,14 +35,14 @@ def test_lines_are_in_the_order_of_positions_and_hashed_one_by_one(tmp_path, ope
     assert bad_samples.state_dict() == {"entries": 3, "sha256": digest.hex()}
 
 
-def test_the_state_does_not_depend_on_how_often_it_is_told(tmp_path):
+def test_the_state_does_not_depend_on_how_often_it_is_added_to(tmp_path):
     entries = [bad(p, random.choice("ab")) for p in range(0, 100, 3)]
     states = []
     for chunk in (10, 50, 100):
         bad_samples = BadSampleLog(tmp_path / f"{chunk}.jsonl", 1.0, 1.0)
         for end in range(chunk, 101, chunk):
-            told = [e for e in entries if end - chunk <= e.position < end]
-            bad_samples.add(random.sample(told, len(told)), end)  # in whatever order the ranks come
+            reported = [e for e in entries if end - chunk <= e.position < end]
+            bad_samples.add(random.sample(reported, len(reported)), end)  # in whatever order the ranks come
         states.append(bad_samples.state_dict())
     assert states[0] == states[1] == states[2] and states[0]["entries"] == 34
 
@@ -62,7 +62,7 @@ def test_going_on_drops_what_came_after_the_checkpoint(tmp_path, open_bad_sample
 
 
 @pytest.mark.parametrize("damage", [None, "", "{}\n", '{"position": 1', "x\ny\n"])
-def test_a_file_that_is_another_one_is_put_aside_and_said(tmp_path, open_bad_sample_log, caplog, damage):
+def test_a_file_that_is_another_one_is_put_aside_and_reported(tmp_path, open_bad_sample_log, caplog, damage):
     bad_samples = open_bad_sample_log()
     bad_samples.add([bad(1), bad(2)], 10)
     state = bad_samples.state_dict()

@@ -1,4 +1,4 @@
-"""What is told of captions that are missing or cannot be read, against shards whose captions are known."""
+"""What is reported of captions that are missing or cannot be read, against shards whose captions are known."""
 
 import os
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_captions_that_are_there_are_no_matter(tmp_path):
     assert caption_warnings(reader_of(tmp_path, *images(4), *texts, *others), ("en",)) == []
 
 
-def test_few_captions_are_told_with_what_is_there(tmp_path):
+def test_few_captions_are_reported_with_what_is_there(tmp_path):
     empty = [("1.txt", b" \n"), ("2.txt", b""), ("3.json", b'{"url": "u"}')]
     reader = reader_of(tmp_path, *images(4), ("0.txt", b"a dog"), *empty, ("0.cls", b"3"), ("1.cls", b"4"))
     (line,) = caption_warnings(reader, ("en",))
@@ -42,7 +42,7 @@ def test_few_captions_are_told_with_what_is_there(tmp_path):
     assert "set data.caption to" in line
 
 
-def test_columns_are_told_by_name_and_type(tmp_path):
+def test_columns_are_reported_by_name_and_type(tmp_path):
     pq.write_table(pa.table({"jpg": [b"x"] * 3, "blurb": ["a"] * 3, "caption": [1.0] * 3}), tmp_path / "a.parquet")
     cache = {"cache": str(tmp_path / "cache")}
     reader = Reader.open(f"{tmp_path}/a.parquet", DataConfig(**cache))

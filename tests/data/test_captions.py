@@ -150,7 +150,7 @@ def numbers(pairs, positions) -> list[int]:
     ]
 
 
-def test_each_epoch_draws_anew_by_seed_and_position(config):
+def test_each_epoch_draws_again_by_seed_and_position(config):
     def train(seed: int):
         return open_train(config, seed, SHAPE)
 

@@ -131,7 +131,7 @@ def test_a_missing_or_forbidden_local_shard_is_named_at_once(tmp_path):
             fetch.read(2, 0, 1)
 
 
-def test_a_stale_handle_is_opened_anew(tmp_path, monkeypatch, caplog):
+def test_a_stale_handle_is_opened_again(tmp_path, monkeypatch, caplog):
     fetch = local_fetch(tmp_path)
     fetch.read(0, 0, 1)
     pread, failures = os.pread, [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "I/O error")]
@@ -294,7 +294,7 @@ def test_an_evicted_file_can_be_read_on(tmp_path):
     assert held.read(0, SIZE) == contents(0)
 
 
-def test_a_damaged_cache_file_is_fetched_anew(server, tmp_path):
+def test_a_damaged_cache_file_is_fetched_again(server, tmp_path):
     os.truncate(remote_fetch(server, tmp_path).local(0), 5)
     assert remote_fetch(server, tmp_path).read(0, 0, SIZE) == contents(0)
 
@@ -472,7 +472,7 @@ def test_pickles_small_and_works_after_a_fork(server, tmp_path):
 
 
 @pytest.mark.parametrize("end", ["close", "reset", "stall"])
-def test_a_broken_transfer_goes_on_where_it_was(server, tmp_path, end):
+def test_a_broken_transfer_continues_where_it_was(server, tmp_path, end):
     server.faults["GET", "/0.tar"] += [lambda answer: answer, broken(end)]
     began = time.monotonic()
     assert remote_fetch(server, tmp_path).read(0, 0, SIZE) == contents(0)
@@ -518,7 +518,7 @@ def test_the_budget_ends_with_the_name(server, tmp_path, ranged):
 
 @pytest.mark.parametrize(("code", "text"), [(404, "does not exist"), (410, "does not exist"), (403, "credentials")])
 @pytest.mark.parametrize("ranged", [True, False])
-def test_what_no_retry_mends_is_said_at_once(server, tmp_path, code, text, ranged):
+def test_what_no_retry_fixes_is_reported_at_once(server, tmp_path, code, text, ranged):
     server.always["GET", "/0.tar"] = server.always["HEAD", "/0.tar"] = status(code, "No")
     fetch = remote_fetch(server, tmp_path, remote="ranged" if ranged else "cache", retry_seconds=60.0)
     began = time.monotonic()

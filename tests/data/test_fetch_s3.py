@@ -100,7 +100,7 @@ def test_a_busy_store_is_asked_again(server, moto, tmp_path, fault, method):
 
 
 @pytest.mark.parametrize("fault", BREAKS, ids=["stall", "close", "reset", "short"])
-def test_a_broken_transfer_goes_on_where_it_was(server, moto, tmp_path, fault):
+def test_a_broken_transfer_continues_where_it_was(server, moto, tmp_path, fault):
     server.faults["GET", "/bucket/0.tar"] += [fine, fault]
     began = time.monotonic()
     assert make(moto, tmp_path).read(0, 0, SIZE) == contents(0)

@@ -5,7 +5,7 @@ import pytest
 
 
 @pytest.mark.parametrize("kind", fuzz.SEEDS)
-def test_mutated_inputs_are_used_replaced_or_left_out_and_said(kind):
+def test_mutated_inputs_are_used_replaced_or_left_out_and_reported(kind):
     found = fuzz.fuzz(kind, 400 if kind in ("image", "caption") else 60, seed=1)
     assert found.total() and {*found} <= {"used", "replaced", "left out", "no caption, said", "shards refused by name"}
 

@@ -212,7 +212,7 @@ def test_a_shard_of_a_server_without_etags(tmp_path, remote, kind):
         assert texts(opened(tmp_path / "index", tmp_path, remote=remote)) == captions("a barn")
 
 
-def test_a_header_is_told_from_a_body():
+def test_a_header_is_distinguished_from_a_body():
     data = tar_bytes(captions("a barn"))
     assert tar.is_header(data[:512]) and tar.is_header_of(data[:512], "000000", len(image(0)))
     assert not tar.is_header(data[512:1024]) and not tar.is_header(b"") and not tar.is_header(bytes(512))

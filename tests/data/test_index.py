@@ -129,7 +129,7 @@ def test_the_index_of_tars(tmp_path, make_shards):
     assert next(oracle, None) is None
 
 
-def test_columns_are_views_of_the_file_and_their_types_are_as_said(tmp_path, make_shards):
+def test_columns_are_views_of_the_file_and_their_types_are_as_stated(tmp_path, make_shards):
     index = built(make_shards(tmp_path / "tars", [5]), tmp_path / "index")
     rows = index.rows(0)
     types = {name: str(column.dtype) for name, column in vars(rows).items() if name != "keys"}
@@ -214,7 +214,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path, make_sha
     assert contents(tmp_path / "index") == contents(tmp_path / "whole")
 
 
-def test_only_what_changed_is_scanned_anew(tmp_path, make_shards):
+def test_only_what_changed_is_scanned_again(tmp_path, make_shards):
     paths = make_shards(tmp_path / "tars", [2] * 4)
     before = built(paths, tmp_path / "index").fingerprint
     write_tar(paths[2], [("new.png", b"image")])

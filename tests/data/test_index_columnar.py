@@ -222,7 +222,7 @@ def test_a_row_group_that_cannot_be_read_as_one_is_refused(tmp_path, monkeypatch
     assert len(scan_columnar(groups_of(tmp_path / "d.parquet", images.cast(pa.large_binary()), 1000)).rows) == 32
 
 
-def test_large_row_groups_are_said(tmp_path, monkeypatch, caplog):
+def test_large_row_groups_are_reported(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(build, "LARGE_GROUP", 10_000)
     images = pa.array([picture(0) + bytes(2000)] * 32)
     paths = [groups_of(tmp_path / f"{rows}.parquet", images, rows) for rows in (2, 10, 16)]

@@ -144,7 +144,7 @@ def test_micro_batches_of_a_step_are_of_one_kind_on_all_ranks(streams):
         stream.source.batch([11, 12])
 
 
-def test_a_run_that_is_killed_goes_on_at_any_number_of_ranks(streams):
+def test_a_run_that_is_killed_resumes_at_any_number_of_ranks(streams):
     expected, _ = global_batches(streams, world=1, micro_batch=12, steps=12)
     assert [[row[0] for row in step] for step in expected] == [list(range(24 * i, 24 * i + 24)) for i in range(12)]
     taken, state = [], None

@@ -77,7 +77,7 @@ def test_an_option_names_the_extension(option):
         scan(["k.jpg", "l.jpg", "k.txt"], option)
 
 
-def test_what_was_seen_is_told_where_captions_are_few():
+def test_what_was_seen_is_reported_where_captions_are_few():
     found, _ = scan(["a.jpg", "b.jpg", "a.license.txt", "b.cls", "b.license.txt"])
     assert (found.no_caption, found.seen) == (2, "files .jpg, .license.txt, .cls")
     assert scan(["a.jpg", "b.jpg", "a.txt", "b.txt"])[0].seen == ""

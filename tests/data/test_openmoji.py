@@ -125,7 +125,7 @@ def test_it_is_what_training_gets_by_default(cache):
 
 
 @pytest.mark.slow
-def test_a_killed_build_is_built_anew_to_the_same_bytes(folder, tmp_path):
+def test_a_killed_build_is_built_again_to_the_same_bytes(folder, tmp_path):
     builder = start_build(tmp_path)
     while not list(tmp_path.glob("*.building/train-*.tar")):
         assert builder.poll() is None

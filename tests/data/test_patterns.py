@@ -89,7 +89,7 @@ def test_a_file_of_exactly_this_name_comes_before_what_its_glob_matches(folder):
     assert expand([f"{folder}/in[1].tar"]) == [f"{folder}/in1.tar"]
 
 
-def test_what_a_glob_leaves_out_is_said(folder, caplog):
+def test_what_a_glob_leaves_out_is_reported(folder, caplog):
     with caplog.at_level(logging.WARNING, "mug"):
         assert len(expand(f"{folder}/*.tar")) == 5
     assert f"also matches 1 folders, the first '{folder}/sub.tar'" in caplog.text
@@ -100,7 +100,7 @@ def test_what_a_glob_leaves_out_is_said(folder, caplog):
         expand(f"{folder}/[[:digit:]].tar")
 
 
-def test_a_shard_that_is_named_twice_is_said(folder, caplog):
+def test_a_shard_that_is_named_twice_is_reported(folder, caplog):
     with caplog.at_level(logging.WARNING, "mug"):
         assert len(expand(f"{folder}/0.tar {folder}/./0.tar {folder}/1.tar")) == 3
     assert f"1 shards are named more than once, the first '{folder}/0.tar'" in caplog.text

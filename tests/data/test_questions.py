@@ -99,7 +99,7 @@ def test_rows_that_cannot_be_learned_from_are_replaced(tmp_path, options):
     samples = questions.open_train(questions.Config(shards=path, **options), 5, SHAPE)
     batch, replaced = samples.batch(range(16))
     assert {one.key: one.reason for one in replaced} == {
-        "0001": "an answer that is none of data.labels",
+        "0001": "an answer that is not in data.labels",
         "0002": "its json has no text under 'label'",
         "0005": "no text in data.language en",
     }
@@ -113,9 +113,9 @@ def test_rows_that_cannot_be_learned_from_are_replaced(tmp_path, options):
     ("text", "message"),
     [
         (None, "data.labels is missing"),
-        ("", "is no list of answers"),
+        ("", "is not a list of answers"),
         ("no\nyes\nno\n", "has 'no' twice"),
-        ("no\n\nyes\n", "is no list of answers"),
+        ("no\n\nyes\n", "is not a list of answers"),
     ],
 )
 def test_lists_of_answers_that_cannot_be_used(tmp_path, text, message):

@@ -138,7 +138,7 @@ def test_accumulation_changes_nothing(config):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(4, marks=pytest.mark.slow)])
-def test_resuming_twice_on_other_numbers_of_ranks_goes_on_as_if_nothing_had_happened(config, workers):
+def test_resuming_twice_on_other_numbers_of_ranks_continues_as_if_nothing_had_happened(config, workers):
     config.workers = workers
     boundary = 37  # global batches of 24: the end of step 37 is the end of epoch 24
     expected, _ = global_batches(config, world=1, steps=boundary + 4)
@@ -296,7 +296,7 @@ def test_the_global_random_state_is_left_alone(config, workers):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_one_of_several_captions_is_drawn_anew_each_epoch(config, tmp_path):
+def test_one_of_several_captions_is_drawn_again_each_epoch(config, tmp_path):
     captions = {"en": ["picture", "number"], "de": "1 2 3"}
     members = []
     for i in range(40):

@@ -112,10 +112,10 @@ def test_a_size_that_is_none(size):
 
 
 def test_a_size_that_octal_digits_cannot_hold():
-    """9 GB: such a member is told apart from a cut one by its place alone, so it need not be there."""
+    """9 GB: such a member is distinguished from a cut one by its place alone, so it need not be there."""
     info = tarfile.TarInfo("big.jpg")
     info.size = 9 * 2**30
-    for format in ("gnu", "pax"):  # base 256; a PAX record beside a field of zeros
+    for format in ("gnu", "pax"):  # base 256; a PAX record next to a field of zeros
         header = info.tobuf(FORMATS[format])
         size = len(header) + info.size + 1024
         end = len(header) + info.size

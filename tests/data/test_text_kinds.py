@@ -193,7 +193,7 @@ REASONS = {
     "one language": "a text only in en, of data.language en,de,fr",
     "unknown languages": "a text only in en, of data.language en,de,fr",
     "10 MB": "no caption: there is no .txt, and the .json cannot be parsed: 10,400,038 bytes are more than 1,048,576",
-    "100 kB": "a side of 9,999 characters or more, which is no sentence",
+    "100 kB": "a side of 9,999 characters or more, too long for a sentence",
     "another type": "a text only in de, of data.language en,de,fr",
 }
 
@@ -243,7 +243,7 @@ def test_mistakes_in_one_line(tmp_path, options, tokenizer_file):
     table, shard = write_parquet(tmp_path / "a.parquet", [row_of(i) for i in range(5)]), images(tmp_path / "a.tar", 3)
     mistakes = [
         (text, TextConfig(shards=table, **options | {"language": "en,xx"}), "data.language has xx, .* it has de,en,fr"),
-        (text, TextConfig(shards=table, **options | {"tokenizer": str(tokenizer_file)}), "no tokens of languages"),
+        (text, TextConfig(shards=table, **options | {"tokenizer": str(tokenizer_file)}), "no language tokens"),
         (text, TextConfig(shards=table, text_length=99, **options), "data.text_length 99 is more than model.* 24"),
         (bitext, TextConfig(shards=table, **options | {"language": "en"}), "give two languages or more"),
         (pairs, DataConfig(shards=table, **options), r"no images in 1 shards, '.*a\.parquet' the first, which has"),

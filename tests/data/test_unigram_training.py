@@ -87,7 +87,7 @@ def test_a_text_that_spells_a_language_does_not_get_its_token(tokenizer):
 
 @pytest.mark.parametrize("code", ["EN", "english", "e", "en_US", "", "MASK", "en]["])
 def test_what_is_not_the_code_of_a_language_is_refused(code):
-    with pytest.raises(DataError, match="is not the code of a language"):
+    with pytest.raises(DataError, match="is not a language code"):
         language_token(code)
 
 

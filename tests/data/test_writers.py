@@ -101,7 +101,7 @@ def test_the_same_samples_give_the_same_bytes(tmp_path, format):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
-def test_stats_beside_each_shard(tmp_path):
+def test_stats_next_to_each_shard(tmp_path):
     write(tmp_path, "tar")
     stats = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*_stats.json"))]
     assert [(one["count"], one["successes"]) for one in stats] == [(10, 10), (10, 10), (3, 3)]

@@ -72,7 +72,7 @@ class Life:
         return [one for one in self.tree() if is_rank(one)]
 
     def workers(self) -> list[psutil.Process]:
-        """Data workers: forks of a server that a rank has started; without that server the run would go on."""
+        """Data workers: forks of a server that a rank has started; without that server the run would continue."""
         return [one for one in self.tree() if any(is_rank(parent) for parent in _parents(one)[1:]) and not is_rank(one)]
 
     def text(self) -> str:
@@ -136,7 +136,7 @@ class Soak:
     lives: int = 0
     counts: Counter = field(default_factory=Counter)
     life: Life | None = None  # the newest
-    expected: int | None = None  # the step after which it must go on
+    expected: int | None = None  # the step after which it must resume
 
     def close(self) -> None:
         """End what a failed test has left."""
@@ -170,7 +170,7 @@ class Soak:
         ]
 
     def start(self, launcher: list[str] | None = None, workers: int = 0, **variables: str) -> Life:
-        """Start the run again, on one or two ranks, in any ZeRO stage; it must go on from the newest whole state."""
+        """Start the run again, on one or two ranks, in any ZeRO stage; it must resume from the newest intact state."""
         drawn = self.random.choice([PYTHON] * 4 + [torchrun(2), deepspeed(2)])
         config = f"ds_configs/zero{self.random.choice([1, 2, 3])}.json"
         command = [*(launcher or drawn), "run/pretrain.py", "--deepspeed", config, "--output", str(self.output)]
@@ -223,8 +223,8 @@ def is_whole(folder: Path) -> bool:
     """Whether a checkpoint's files are those of its manifest, and that is as written; not by the code under test."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        files, seal = manifest["files"], manifest.pop("sha256")
-        sealed = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest() == seal
+        files, checksum = manifest["files"], manifest.pop("sha256")
+        sealed = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest() == checksum
         digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files}
         return sealed and all(digests[name] == file["sha256"] for name, file in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -334,7 +334,7 @@ def full_disk(soak: Soak) -> None:
     try:
         with ballast.open("ab", buffering=0) as file:
             while life.process.poll() is None:
-                assert time.monotonic() < deadline, f"goes on without room:\n{life.text()}"
+                assert time.monotonic() < deadline, f"continues without disk space:\n{life.text()}"
                 disk = os.statvfs(ballast.parent)
                 with contextlib.suppress(OSError):
                     file.write(b"\0" * max(0, disk.f_bavail * disk.f_bsize - 300_000))

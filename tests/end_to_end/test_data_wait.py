@@ -6,7 +6,7 @@ from launch import PYTHON, TOY, pretrain, rows
 from mug.run.training.metrics import DataWaitWarning
 
 
-def test_the_alarm_sounds_once_while_waiting_goes_on():
+def test_the_alarm_sounds_once_while_waiting_continues():
     alarm = DataWaitWarning(workers=3)
     said = [alarm.check(share) for share in (0.9, 0.05, 0.06, 0.07, 0.5, 0.0, 0.2, 0.3)]
     assert [i for i, line in enumerate(said) if line] == [3, 7]

@@ -1,6 +1,6 @@
 """Golden losses: a change that is not about computation cannot move them.
 
-After a change that is, write them anew and say why in the commit: python tests/end_to_end/test_golden.py
+After a change that is, record them again and give the reason in the commit: python tests/end_to_end/test_golden.py
 """
 
 import json

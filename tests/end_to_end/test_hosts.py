@@ -99,8 +99,8 @@ def test_started_on_each_host_without_ssh(three_hosts, one_host, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_starts_anew_with_the_host_that_is_left(three_hosts, one_host, tmp_path):
-    """Elastic rendezvous: one of two hosts is lost, and the other goes on from the newest checkpoint alone."""
+def test_torchrun_starts_again_with_the_host_that_is_left(three_hosts, one_host, tmp_path):
+    """Elastic rendezvous: one of two hosts is lost, and the other resumes from the newest checkpoint alone."""
     output = tmp_path / "run"
     elastic = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
     meeting = ["--rdzv-endpoint", "host1:29400", "--rdzv-id", "run", "--rdzv-conf", "last_call_timeout=120"]

@@ -154,7 +154,7 @@ def test_the_launcher_is_killed(tmp_path, launcher):
     found = checkpoint.newest(job.output, warn=pytest.fail)
     assert f"SIGTERM: step {found.step} is saved" in job.text()
     logs = [path.read_text() for path in (job.output / "logs").iterdir()]
-    assert any("the launcher of this rank is gone" in log for log in logs)  # who sees it first tells the others
+    assert any("the launcher of this rank is gone" in log for log in logs)  # who sees it first informs the others
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ def test_a_batch_is_skipped_and_the_run_that_is_killed_afterwards_knows(tmp_path
     curve = losses(tmp_path)
     assert [row["position"] for row in curve] == [8, 16, 24] and curve[2]["loss/total"] is None
 
-    monkeypatch.setenv("POISON", f"{BAD + BATCH}")  # once more is once too often, although the run was started anew
+    monkeypatch.setenv("POISON", f"{BAD + BATCH}")  # once more is once too often, although the run was restarted
     done = pretrain(tmp_path, *OPTIONS, *skip, launcher=[*forks(2), *POISONED])
     assert done.returncode != 0 and "error: loss or gradient of step 4 is not finite" in done.stderr
     assert digests(tmp_path, 3) == digests(undisturbed, 2)
@@ -91,7 +91,7 @@ def test_a_batch_is_skipped_and_the_run_that_is_killed_afterwards_knows(tmp_path
 
 @pytest.mark.slow
 def test_the_very_first_batch_is_skipped(tmp_path, monkeypatch):
-    """Without ZeRO the optimizer has no state before its first update; the run is saved all the same, and goes on."""
+    """Without ZeRO the optimizer has no state before its first update; the run is saved all the same, and continues."""
     monkeypatch.setenv("POISON", "3")
     options = (*OPTIONS, "--faults.nonfinite", "skip")
     for steps in ("1", "2"):

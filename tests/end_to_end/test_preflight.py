@@ -39,7 +39,7 @@ def preflight(folders, *options: str, second: tuple[str, ...] = (), **variables:
 
 
 def verdicts(table: str) -> dict[str, str]:
-    """The last column by the first; lines that go on from the one above count with it."""
+    """The last column by the first; lines that continue the one above count with it."""
     found, check = {}, ""
     for line in table.splitlines():
         if line.startswith("│"):

@@ -73,6 +73,8 @@ def test_the_notebook_runs(tmp_path, installed):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(" is nearest to ") == 6 and "mug.ipynb: 8 cells" in done.stdout
+    manifest = json.loads((tmp_path / "runs" / "notebook" / "checkpoint-3" / "manifest.json").read_text())
+    assert manifest["recipe"]["data"]["embedded"] == "compositions", "other pairs than those that are shown"
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def sizes_of(item: pytest.Item) -> tuple[str, ...]:
 
 @pytest.fixture
 def device(monkeypatch) -> str:
-    """Where Triton runs: a GPU, or else its interpreter, mended.
+    """Where Triton runs: a GPU, or else its interpreter, fixed.
 
     Triton 3.6 and 3.7 turn a loop's bound, an array of one element, into an int; numpy 2.4 refuses that.
     """

@@ -37,7 +37,7 @@ POINTERS |= dict.fromkeys(("lse", "delta", "loss", "hit"), "fp32") | {"masked": 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def figures(name, kernel, pointers=None, **constants):
+def resources(name, kernel, pointers=None, **constants):
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
     signature = {}
     pointers = pointers or {}
@@ -80,15 +80,15 @@ def attention(D):
         sizes = {"CAUSAL": False, "PACKED": False, "PADDED": False} | flags | {"D": D, "D1": main, "D2": tail}
         for rows, name in itertools.product((64, 128), ("forward_kernel", "backward_kernel")):
             blocks = attention_op.small_blocks(rows, rows)
-            figures(f"small {name} {D}, {rows} rows", getattr(attention_triton_small, name), **sizes, **blocks)
+            resources(f"small {name} {D}, {rows} rows", getattr(attention_triton_small, name), **sizes, **blocks)
         for name in ("forward", "dq", "dkdv"):
             blocks = attention_op.tiled_blocks(name, torch.bfloat16, D)
-            figures(f"tiled {name} {D}", getattr(attention_triton_tiled, f"{name}_kernel"), **sizes, **blocks)
+            resources(f"tiled {name} {D}", getattr(attention_triton_tiled, f"{name}_kernel"), **sizes, **blocks)
 
 
 def linear_cross_entropy():
     constants = {"GRADIENT": True, "BLOCK": head.BLOCK, "num_warps": head.NUM_WARPS}
-    figures("linear_cross_entropy", head._loss_kernel, **constants)
+    resources("linear_cross_entropy", head._loss_kernel, **constants)
 
 
 def masked_patch_loss(patch_size):
@@ -102,9 +102,9 @@ def masked_patch_loss(patch_size):
             pointers["image"] = patches.WORDS[tile["PIXELS"]].name.replace("int", "i")
         if ragged:
             pointers |= {"inverse_total": "fp32", "gradient_factor": "fp32"}
-        figures(f"patch {patch_size} {prediction} {image}", patches._loss_kernel, pointers, **flags, **tile)
+        resources(f"patch {patch_size} {prediction} {image}", patches._loss_kernel, pointers, **flags, **tile)
         pointers = {"gradient": prediction, "scale": "fp32"}
-        figures(f"scale {prediction}", patches._scale_kernel, pointers, BLOCK=patches.SCALE_BLOCK)
+        resources(f"scale {prediction}", patches._scale_kernel, pointers, BLOCK=patches.SCALE_BLOCK)
 
 
 if __name__ == "__main__":

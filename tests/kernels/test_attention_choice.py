@@ -118,7 +118,7 @@ def test_packed_sequences_have_three_dimensions():
         attention(*dense(), **starts)
 
 
-def test_auto_on_a_cpu_is_pytorchs_sdpa_and_nothing_beside_it(monkeypatch):
+def test_auto_on_a_cpu_is_pytorchs_sdpa_and_nothing_else(monkeypatch):
     q, k, v = dense()
     expected = nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     seen = []

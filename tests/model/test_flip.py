@@ -57,7 +57,7 @@ def test_the_mask_depends_on_the_position_alone(batch):
 
 def test_evaluation_sees_the_entire_image(batch):
     model, clip = make(0.5), CLIP(resolve(CLIPConfig(**SIZES)), CONTEXT)
-    clip.load_state_dict(model.state_dict())  # a run of clip can go on from it
+    clip.load_state_dict(model.state_dict())  # a run of clip can continue from it
     assert torch.equal(model.embed_image(batch["image"]), clip.embed_image(batch["image"]))
 
 

@@ -45,7 +45,7 @@ def hidden(model: Objective, name: str, image: torch.Tensor, text_1T: torch.Tens
         words = {"words_BTD": model.token_embed(text_1T), "keys_B": torch.tensor([17]), "causal": True}
         return model.encoder(image, **words)
     if name == "unix2":
-        nothing_12 = torch.tensor([[1, 2]])  # BOS EOS: no words beside the image
+        nothing_12 = torch.tensor([[1, 2]])  # BOS EOS: no words besides the image
         row_F, _ = fused_rows(torch.tensor([2]), 0, 17, 1)
         memory_FD, _ = model._fuse(model.encoder(image), model._read(nothing_12)[0], row_F, torch.tensor([1 + 17 + 2]))
         return model.decoder(text_1T, memory_FD[None])

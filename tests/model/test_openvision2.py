@@ -98,5 +98,5 @@ def test_flops_are_those_that_pytorch_counts(monkeypatch):
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 1.5])
 def test_a_share_that_cannot_be_is_refused(share):
-    with pytest.raises(ModelConfigError, match="keeps no patch, or more than all"):
+    with pytest.raises(ModelConfigError, match="keeps no patch, or more than there are"):
         resolve(OpenVision2Config(**SIZES | {"kept_tokens": share}))

@@ -244,7 +244,7 @@ def test_hard_negatives_of_texts_that_are_none_or_all_the_same():
 
 def test_hard_negatives_need_the_similarities_of_cmcl():
     config = resolve(MultilingualConfig(**oracle.SIZES, itm_negatives="hard"))
-    with pytest.raises(ModelConfigError, match=r"itm_negatives hard draws by CMCL: give loss_weights\.cmcl"):
+    with pytest.raises(ModelConfigError, match=r"itm_negatives hard needs CMCL: give loss_weights\.cmcl"):
         UniX2(config, Context(vocabulary=VOCABULARY, losses=("itm", "mlm")))
     UniX2(config, Context(vocabulary=VOCABULARY, losses=("mlm",)))
 

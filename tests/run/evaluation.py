@@ -69,9 +69,9 @@ def make_checkpoint(run: Path, *options: str, change: Callable[[MUG], None] = la
         change(model)
     file = f"{WEIGHT}-00000-of-00001.safetensors"
     pieces = {ParamSlice(name, 0): p.detach().flatten() for name, p in model.named_parameters()}
-    seal, _ = write_pieces(open_partial(run, 3) / file, pieces)
+    checksum, _ = write_pieces(open_partial(run, 3) / file, pieces)
     state = {"model": describe_model(model), "recipe": recorded(recipe)}
-    commit(run, 3, {file: seal}, state, {"tokenizer.json": tokenizer.to_str()}, keep=1)
+    commit(run, 3, {file: checksum}, state, {"tokenizer.json": tokenizer.to_str()}, keep=1)
     return model.eval()
 
 

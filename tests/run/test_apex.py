@@ -84,7 +84,7 @@ def test_a_missing_apex_is_named_with_the_switch_that_asked(switch, module):
         check_apex(TrainerConfig(**{switch: True}), {})
 
 
-def test_the_other_package_of_that_name_is_told_from_nvidias(apex, monkeypatch):
+def test_the_other_package_of_that_name_is_distinguished_from_nvidias(apex, monkeypatch):
     monkeypatch.setitem(sys.modules, "apex.optimizers", ModuleType("apex.optimizers"))
     with pytest.raises(RunError, match=r"trainer.apex_adam: apex.optimizers has no FusedAdam"):
         check_apex(TrainerConfig(apex_adam=True), {})

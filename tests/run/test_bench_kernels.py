@@ -278,7 +278,7 @@ def test_model_step_compares_memory_time_and_losses(tmp_path):
     assert f"{100 * row['activation_checkpointing_saving']:.1f}% less peak memory" in done.stdout
 
 
-def test_markdown_sets_our_attention_beside_the_fastest_of_pytorch():
+def test_markdown_sets_our_attention_next_to_the_fastest_of_pytorch():
     def row(contender, milliseconds, **changes):
         names = {"kind": "time", "op": "attention", "pass": "both", "shape": "N=50", "contender": contender}
         rates = {"tflops": 1.0, "gbytes_per_s": 2.0, "roofline": 0.5, "peak_mb": None, "right": True}

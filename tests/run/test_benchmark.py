@@ -25,7 +25,7 @@ from mug.run.studies import jobs
 from mug.run.studies.config import runnable
 from mug.run.studies.jobs import Job, run_job, run_side_by_side, time_taken
 from mug.run.studies.leaks import leaks
-from mug.run.studies.plan import FLOORS, METHODS, Plan
+from mug.run.studies.plan import BASELINES, METHODS, Plan
 from mug.run.studies.results import Results, verdict
 from mug.run.studies.statistics import Difference
 
@@ -40,7 +40,7 @@ PARSERS = {
 SMALL = {
     "title": "Small",
     "sets": {
-        "drawings": {"kind": "openmoji", "options": {"most": 300, "held_out": 0.0}},
+        "drawings": {"kind": "openmoji", "options": {"limit": 300, "held_out": 0.0}},
         "digits": {"kind": "digits", "options": {"held_out": 0.5}},
     },
     "pools": {"all": {"sets": ["drawings"]}, "wrong": {"sets": ["drawings"], "shuffled": True}},
@@ -98,8 +98,8 @@ def pretend(plan: Plan) -> None:
             record = plan.folder / "done" / f"pre-train {name} {seed}.json"
             record.parent.mkdir(exist_ok=True)
             record.write_text(json.dumps({"cpu_seconds": 7.0}), encoding="utf-8")
-    for floor in FLOORS:
-        found(plan, floor, "digits", 0.5)
+    for baseline in BASELINES:
+        found(plan, baseline, "digits", 0.5)
 
 
 def found(plan: Plan, label: str, judge: str, accuracy: float, std: float = 0.5) -> None:
@@ -213,7 +213,7 @@ def test_a_finished_job_is_not_run_again_unless_its_command_changed(tmp_path, sc
         assert (tmp_path / "produced.txt").read_text() == "x", "never added to what was there"
 
 
-def test_a_job_that_fails_is_named_with_its_log_and_run_anew(tmp_path, script):
+def test_a_job_that_fails_is_named_with_its_log_and_run_again(tmp_path, script):
     (tmp_path / "broken").touch()
     with pytest.raises(RunError, match=r"a part ended with status 1: error: out of luck \(full log: .*a part.log\)"):
         run_job(script(), tmp_path, Silent())
@@ -231,7 +231,7 @@ def test_a_job_that_resumes_finds_what_it_left(tmp_path, script):
     run_job(part, tmp_path, Silent())
     assert (tmp_path / "produced.txt").read_text() == "xx"
     run_job(dataclasses.replace(script("other"), resumes=True), tmp_path, Silent())
-    assert (tmp_path / "produced.txt").read_text() == "x", "another command begins anew"
+    assert (tmp_path / "produced.txt").read_text() == "x", "another command begins again"
 
 
 def test_cpu_time_is_the_jobs_own(tmp_path, monkeypatch):
@@ -360,15 +360,15 @@ def test_a_study_runs_whole_is_not_run_twice_and_writes_table_and_page(tmp_path,
     """Grid, curve, equal FLOP, fine-tuning and further evaluations: every path, as its commands run it."""
     encoders = {"CLIP": {"objective": "clip"}, "CapPa": {"objective": "cappa"}}
     encoders["CapPa, wrong"] = {"like": "CapPa", "pool": "wrong", "flops_of": "CLIP"}
-    digits, most = {"kind": "digits", "options": {"held_out": 0.5, "samples_per_shard": 200}}, {"max_train": 100}
-    most["max_test"] = 50
+    digits, limits = {"kind": "digits", "options": {"held_out": 0.5, "samples_per_shard": 200}}, {"max_train": 100}
+    limits["max_test"] = 50
     rates = {"trainer": {"global_batch": 64, "micro_batch": 64, "warmup_samples": 0}}
     named = {"data": "{sets}/digits/held_out-*.tar", "templates": ["{}"]}
     study = {
         "encoders": encoders,
         "sets": SMALL["sets"] | {"digits": digits},
         "comparisons": [["CLIP", "CapPa"]],
-        "grid": SMALL["grid"] | most,
+        "grid": SMALL["grid"] | limits,
         "seeds": 1,
         "curve": 2,
         "finetune": {"train": "digits", "test": "digits", "rates": [0.001], "epochs": 1.0, "recipe": rates},

@@ -315,7 +315,7 @@ def test_tatoeba_is_for_evaluation(tmp_path):
 
 
 def test_questions_and_the_list_of_their_answers(tmp_path):
-    done = build("scene-questions", "--out", tmp_path / "out", "--most", "12")
+    done = build("scene-questions", "--out", tmp_path / "out", "--limit", "12")
     assert done.returncode == 0, done.stderr
     train, held_out = read(tmp_path / "out"), read(tmp_path / "out", "held_out")
     assert len(train) == len(held_out) == 12

@@ -67,7 +67,7 @@ def test_figures_tell_captions_from_their_images():
     assert same["BLEU-2"] == same["BLEU-1"] == pytest.approx(100)
 
 
-def test_what_is_missing_is_said_once_and_left_out(monkeypatch):
+def test_what_is_missing_is_reported_once_and_left_out(monkeypatch):
     warnings = []
     monkeypatch.setattr(captions.importlib.util, "find_spec", lambda name: None)
     metrics = captions.score(WRITTEN, TRUE, warnings.append)

@@ -74,7 +74,7 @@ def check(rank: int, world: int) -> None:
         assert not counters["graph_break"], f"{stage} {precision} {policy}"
 
 
-def test_a_machine_without_compiler_is_told_before_anything_is_written(tmp_path, monkeypatch):
+def test_a_machine_without_compiler_is_reported_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(RunError, match=r"trainer.compile needs a C\+\+ compiler"):

@@ -81,7 +81,7 @@ def weights_of(manifest) -> dict[str, torch.Tensor]:
     return {name: torch.randn(p.numel()) for name, p in model_of(manifest).named_parameters()}
 
 
-def test_pre_training_keeps_its_files_and_is_described_anew(tmp_path, monkeypatch, capsys):
+def test_pre_training_keeps_its_files_and_is_described_again(tmp_path, monkeypatch, capsys):
     context = {"seed": 7, "vocabulary": VOCABULARY, "class_names": [], "losses": ["pixels"]}
     described = {"objective": "mug", "config": MUG_SIZES, "context": context}
     weights = weights_of({"model": described})
@@ -91,7 +91,7 @@ def test_pre_training_keeps_its_files_and_is_described_anew(tmp_path, monkeypatc
     ):
         checkpoint.resume(tmp_path / "old", pytest.fail)
     assert "old/checkpoint-4 to " in convert(monkeypatch, capsys, tmp_path / "old", tmp_path / "new")
-    with pytest.raises(RunError, match="checkpoint-4 has the present format, 3: there is nothing to convert"):
+    with pytest.raises(RunError, match="checkpoint-4 already has the current format, 3: there is nothing to convert"):
         convert(monkeypatch, capsys, tmp_path / "new", tmp_path / "newer")
     found = checkpoint.newest(tmp_path / "new", pytest.fail)
     old = json.loads((tmp_path / "old" / "checkpoint-4" / "manifest.json").read_text(encoding="utf-8"))

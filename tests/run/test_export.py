@@ -48,7 +48,7 @@ def model() -> MUG:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> Checkpoint:
-    """A checkpoint's folder and manifest, with the run's metrics beside it."""
+    """A checkpoint's folder and manifest, with the run's metrics next to it."""
     run = tmp_path_factory.mktemp("runs") / "my_run"
     (run / "checkpoint-20").mkdir(parents=True)
     rows = [

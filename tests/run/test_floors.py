@@ -114,5 +114,5 @@ def test_the_table_says_which_losses_are_below():
 
 def test_an_objective_that_knows_no_floors_is_refused(tmp_path):
     assert Floors.suits(Guesses) and not Floors.suits(MAE)
-    with pytest.raises(RunError, match="evaluation floors needs an objective that tells what its losses are"):
+    with pytest.raises(RunError, match="an objective that knows the losses of a model that ignores its inputs"):
         Floors(FloorsConfig(), eval_context(tmp_path)).check(Unknown())

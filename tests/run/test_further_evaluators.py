@@ -130,7 +130,7 @@ def test_likelihoods_are_a_plain_loop(model):
 
 
 def write_classes(folder):
-    """Six pictures each of three colours, a folder per class, with captions beside them."""
+    """Six pictures each of three colours, a folder per class, with captions next to them."""
     random = np.random.default_rng(0)
     for split in ("train", "test"):
         for label, colour in (("red", 0), ("green", 1), ("blue", 2)):

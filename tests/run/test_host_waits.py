@@ -58,7 +58,7 @@ def waits_of(step) -> list[str]:
     seen = any("test_host_waits.py" in event.name for event in profiler.events())
     if not seen and torch.__version__ < (2, 15):
         pytest.skip("the profiler of PyTorch 2.11 sees no Python functions under Python 3.12")
-    assert seen, "the profiler sees no Python functions: nothing can be told of waits"
+    assert seen, "the profiler sees no Python functions: nothing can be said of waits"
     found = []
     for event in profiler.events():
         if (name := NAMES.get(event.name.partition(" of Tensor")[0])) is not None:

@@ -84,7 +84,7 @@ def test_weights_are_taken_however_a_training_script_wrapped_them(how, vit, tmp_
     assert (encoder(IMAGE) - vit.forward_features(PIXELS)).abs().max() < 1e-5
 
 
-def test_of_two_sets_of_weights_it_is_said_which_is_taken(vit, tmp_path):
+def test_of_two_sets_of_weights_it_is_reported_which_is_taken(vit, tmp_path):
     averaged = {name: value + 1 for name, value in vit.state_dict().items()}
     torch.save({"state_dict": vit.state_dict(), "state_dict_ema": averaged}, tmp_path / "both.pth")
     said = []
@@ -180,7 +180,7 @@ def test_a_folder_of_a_model_that_computes_otherwise_is_refused(changed, says, t
         initial_encoder(CONFIG, str(tmp_path), pytest.fail)
 
 
-def test_other_colours_are_said_and_a_folder_without_weights_is_refused(vit, tmp_path):
+def test_other_colours_are_reported_and_a_folder_without_weights_is_refused(vit, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(RunError, match=r"has a config\.json, but none of model\.safetensors, pytorch_model\.bin"):
         initial_encoder(CONFIG, str(tmp_path), pytest.fail)
@@ -235,9 +235,9 @@ def saved(output: Path, model: Objective) -> str:
     """A checkpoint of the model, as one rank writes it."""
     partial = checkpoint.open_partial(output, 1)
     pieces = {ParamSlice(name, 0): value.detach().flatten() for name, value in model.named_parameters()}
-    seal, _ = write_pieces(partial / "weight-0.safetensors", pieces)
+    checksum, _ = write_pieces(partial / "weight-0.safetensors", pieces)
     manifest = {"model": json.loads(json.dumps(describe_model(model)))}
-    checkpoint.commit(output, 1, {"weight-0.safetensors": seal}, manifest, {}, keep=1)
+    checkpoint.commit(output, 1, {"weight-0.safetensors": checksum}, manifest, {}, keep=1)
     return str(output)
 
 

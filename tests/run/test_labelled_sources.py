@@ -125,7 +125,7 @@ def test_fashion_mnist_and_its_shards_hold_the_same(tmp_path):
     write_fashion_mnist(tmp_path / "fashion", np.array([0, 9, 5, 1, 1, 3]))
     splits = open_splits(f"fashion-mnist:{tmp_path}/fashion", None, "label", None)
     assert splits.train.labels == ["T-shirt/top", "Ankle boot", "Sandal", "Trouser", "Trouser", "Dress"]
-    build_shards("fashion-mnist", tmp_path / "fashion", "--out", tmp_path / "shards", "--most", "4")
+    build_shards("fashion-mnist", tmp_path / "fashion", "--out", tmp_path / "shards", "--limit", "4")
     patterns = [f"{tmp_path}/shards/{split}-*.tar" for split in ("train", "held_out")]
     shards = open_splits(*patterns, "label", str(tmp_path / "cache"))
     assert shards.train.labels == splits.train.labels[:4] and len(shards.test) == 4
@@ -160,7 +160,7 @@ def test_an_empty_class_folder_is_named(tmp_path):
 
 
 def test_no_classes_one_class_an_unknown_class_and_no_test_images(tmp_path):
-    refused("give the test images, too (--test)", tmp_path)
+    refused("give the test images, too (--test or --data.test)", tmp_path)
     for name in ("none/train", "none/test", "one/train/cat", "one/test/cat", "new/train", "new/test/fox"):
         (tmp_path / name).mkdir(parents=True)
     refused("does not hold class folders", tmp_path / "none")
@@ -230,7 +230,7 @@ def test_features_stand_in_the_order_of_the_images(tmp_path):
     assert np.array_equal((features * 255).round().numpy(), expected.reshape(6, -1))
 
 
-def test_features_are_made_once_and_anew_where_their_file_is_damaged(tmp_path, one_rank):
+def test_features_are_made_once_and_again_where_their_file_is_damaged(tmp_path, one_rank):
     made = []
 
     def make() -> dict[str, torch.Tensor]:

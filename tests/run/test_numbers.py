@@ -178,12 +178,12 @@ def test_no_numeric_key_of_the_deepspeed_json_takes_what_is_none_or_out_of_range
 @pytest.mark.parametrize(
     ("zero", "top", "said"),
     [
-        ({"stage": 2, "allgather_bucket_size": 5001}, {}, "allgather_bucket_size: stage 2 wants an even number"),
+        ({"stage": 2, "allgather_bucket_size": 5001}, {}, "allgather_bucket_size: stage 2 needs an even number"),
         ({"stage": 2}, {"prescale_gradients": True}, "stage 2 takes neither"),
         ({"stage": 3}, {"gradient_predivide_factor": 2.0}, "stage 3 takes neither"),
     ],
 )
-def test_what_stages_1_and_2_would_only_assert_is_said(zero, top, said, tmp_path):
+def test_what_stages_1_and_2_would_only_assert_is_reported(zero, top, said, tmp_path):
     config = {"zero_optimization": zero, "optimizer": {"type": "AdamW", "params": {}}} | top
     assert said in refusal(json.dumps(config), tmp_path / "ds.json")
 

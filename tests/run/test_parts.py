@@ -108,5 +108,5 @@ def test_a_part_that_does_not_exist_is_refused_with_those_that_do():
         freeze(make("clip"), {"text_tower": 0.0})
     assert str(refused.value) == (
         "rates.text_tower: the model has no part of this name; it has encoder, text_encoder, image_projection,"
-        " text_projection, scale, and those in them"
+        " text_projection, scale, and their submodules"
     )

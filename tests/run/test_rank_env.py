@@ -103,7 +103,7 @@ def test_a_stale_rank_does_not_silence_a_command():
     assert done.returncode == 2 and done.stderr.startswith("error: nothing")
 
 
-# --- Who speaks -------------------------------------------------------------------------------------------
+# --- Who reports ------------------------------------------------------------------------------------------
 
 # Rank 0 is late, as it is when it waits for the others to leave.
 FAILS = """

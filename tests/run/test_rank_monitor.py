@@ -88,7 +88,7 @@ def lose_its_launcher(rank: int, guard: RankMonitor) -> None:
     while not asked and time.monotonic() < deadline:
         time.sleep(0.1)
     dist.barrier()
-    time.sleep(1)  # ten beats
+    time.sleep(1)  # ten heartbeats
     guard.console.error(f"rank {rank} was asked {len(asked)} times")
 
 
@@ -146,12 +146,12 @@ def test_ranks_that_end_are_not_missed(tmp_path):
     assert run(tmp_path, end)[::2] == ([0, 0, 0], [])
 
 
-def test_a_rank_speaks_once_a_beat(tmp_path):
-    """Answers come at once, and must not make it speak again."""
+def test_a_rank_reports_once_an_interval(tmp_path):
+    """Answers come at once, and must not make it report again."""
     assert run(tmp_path, count_messages)[0] == [0, 0, 0]
     for rank in range(WORLD):
         count = int(re.search(r"(\d+) messages", (tmp_path / f"rank{rank}.log").read_text())[1])
-        assert 1 <= count <= 11  # a beat is 0.1 s here
+        assert 1 <= count <= 11  # the interval is 0.1 s here
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_a_rank_that_dies_the_same_way_each_time_ends_the_restarts(tmp_path):
         codes, _, lines = run(tmp_path, act)
         assert sorted(codes) == [-9, status, status]
     assert len(lines) == 1 and re.fullmatch(
-        r"error: rank 1 .* is lost: its process ended; the run has ended 4 times in a row like this, none beyond step"
+        r"error: rank 1 .* is lost: its process ended; the run has ended like this 4 times in a row, never beyond step"
         r" 5: see logs/rank\*\.log before restarting it",
         lines[0],
     )
@@ -216,19 +216,19 @@ def test_losses_are_in_a_row_as_long_as_nothing_is_saved_or_done_that_was_not_be
 
 
 @pytest.mark.parametrize("admitted", [(0, 1, 2), (2, 0, 1)])
-def test_rank_zero_ends_after_all_others_have_heard_why(admitted):
-    """Its process takes the board with it."""
-    heard = []
-    board = MonitorServer(listener=None, token="", world=WORLD, hang_seconds=60)
+def test_rank_zero_ends_after_all_others_know_why(admitted):
+    """Its process takes the server with it."""
+    received = []
+    server = MonitorServer(listener=None, token="", world=WORLD, hang_seconds=60)
     for rank in admitted:
-        line = SimpleNamespace(send=lambda message, rank=rank: heard.append((rank, message["end"])))
-        board.members[rank] = RankStatus(rank, "host", 100 + rank, line, heard=0.0, advanced=0.0)
-    board.members[1].left = True
-    board._end("rank 1 is gone")
-    assert heard == [(2, "rank 1 is gone"), (0, "rank 1 is gone")]
+        line = SimpleNamespace(send=lambda message, rank=rank: received.append((rank, message["end"])))
+        server.members[rank] = RankStatus(rank, "host", 100 + rank, line, last_heard=0.0, advanced=0.0)
+    server.members[1].left = True
+    server._end("rank 1 is gone")
+    assert received == [(2, "rank 1 is gone"), (0, "rank 1 is gone")]
 
 
-def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(tmp_path):
+def test_a_rank_that_hangs_is_distinguished_from_those_that_wait_for_it(tmp_path):
     codes, pids, lines = run(tmp_path, be_stuck, hang_seconds=8.0)
     assert codes == [75, 75, 75]
     late, hung = lines
@@ -237,7 +237,7 @@ def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(tmp_path):
     assert "be_stuck" in (tmp_path / "rank2.log").read_text()  # where it is
 
 
-def test_a_late_rank_is_named_and_may_go_on(tmp_path):
+def test_a_late_rank_is_named_and_may_continue(tmp_path):
     codes, pids, lines = run(tmp_path, be_late, hang_seconds=20.0)
     assert codes == [0, 0, 0]
     assert len(lines) == 1 and re.search(rf"pid {pids[2]}, step 7\) made no progress for \d s", lines[0])

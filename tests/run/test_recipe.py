@@ -60,7 +60,7 @@ def test_the_default_recipe_fits_the_pictures_that_it_is_for():
     [
         ("simclr", "crop_scale", "views of simclr: leave it out; set model.view_scale instead"),
         ("simsiam", "crop_scale", "views of simsiam: leave it out; set model.view_scale instead"),
-        ("mocov3", "flip", "views of mocov3: leave it out; its method mirrors them or does not"),
+        ("mocov3", "flip", "views of mocov3: leave it out; the objective decides on mirroring"),
         ("slip", "crop_scale", "views of slip: leave it out; set model.view_scale and model.image_scale instead"),
         ("slip", "flip", "views of slip: leave it out"),
     ],

@@ -1,4 +1,4 @@
-"""What may change in a recipe while its run goes on."""
+"""What may change in a recipe when its run resumes."""
 
 import dataclasses
 import json

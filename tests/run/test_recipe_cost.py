@@ -44,7 +44,7 @@ def test_mistakes():
         parse([BASE, "--gpu", "K80"])
     with pytest.raises(RunError, match=r"utilization must be more than 0 and at most 1, not 2"):
         parse([BASE, "--utilization", "2"])
-    with pytest.raises(RunError, match="the recipe counts epochs, of data that are not here: give --samples"):
+    with pytest.raises(RunError, match="the recipe counts epochs of data that are not read here: give --samples"):
         samples_of(recipe_of(str(RECIPES / "clip" / "cc3m_base.yaml")))
 
 

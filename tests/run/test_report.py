@@ -32,7 +32,7 @@ COLUMNS = ("original", "masked", "reconstruction")
 
 
 def train_row(step: int, pixels: float | None) -> dict:
-    metrics = {"loss/pixels": pixels, "images_per_s": 1000.0 + step, "data_wait": 0.01, "strange_figure": step**2}
+    metrics = {"loss/pixels": pixels, "images_per_s": 1000.0 + step, "data_wait": 0.01, "strange_metric": step**2}
     return {"kind": "train", "step": step, "position": 4 * step, **metrics}
 
 
@@ -135,10 +135,10 @@ def test_a_value_that_was_not_finite_leaves_a_gap(made):
     assert [len(part.split("L")) for part in path.group(1).split("M")[1:]] == [4, 5]
 
 
-def test_every_figure_of_the_rows_is_there_by_value(made):
+def test_every_metric_of_the_rows_is_there_by_value(made):
     page, rows = made
     text = page.read_text()
-    for title, name in (("Images per second", "images_per_s"), ("strange figure", "strange_figure")):
+    for title, name in (("Images per second", "images_per_s"), ("strange metric", "strange_metric")):
         data = json.loads(re.search(r'type="application/json">(.*?)</script>', chart(text, title)).group(1))
         points = [[row["step"], row[name]] for row in rows["two"] if row["kind"] == "train"]
         assert data["x"] == "step" and data["series"][1] == {"label": "two", "points": points}
@@ -236,7 +236,7 @@ def test_different_batches_are_compared_by_samples(tmp_path):
         make_run(tmp_path / name, 1.0, {"trainer": {"global_batch": batch}})
     done = start(tmp_path / "small", tmp_path / "large", "--out", tmp_path / "page.html")
     assert done.returncode == 0, done.stderr
-    curves = drawn(chart((tmp_path / "page.html").read_text(), "strange figure"), "linear")
+    curves = drawn(chart((tmp_path / "page.html").read_text(), "strange metric"), "linear")
     ends = [curve[-1][0] for curve in curves]
     assert ends == pytest.approx([400, 800], rel=0.02)
 

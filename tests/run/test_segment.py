@@ -82,7 +82,7 @@ def test_a_view_that_changes_nothing_is_the_image():
     assert np.array_equal(mirrored[0], view[..., ::-1]) and np.array_equal(mirrored[1], labels[:, ::-1])
 
 
-def test_crops_of_almost_one_class_are_drawn_anew():
+def test_crops_of_almost_one_class_are_drawn_again():
     labels = np.zeros((10, 40), np.uint8)
     labels[:, 25:] = 1
     draws = np.array([[0.0, 0.0], [0.3, 0.0], [0.65, 0.0], [0.99, 0.0]])
@@ -129,7 +129,7 @@ def test_zero_may_mean_unlabelled(tmp_path):
         Scenes(scenes.images, scenes.annotations, 150, False).read(0)
 
 
-def test_what_is_wrong_with_the_files_is_said(tmp_path):
+def test_what_is_wrong_with_the_files_is_reported(tmp_path):
     write_scenes(tmp_path / "data")
     options = SceneConfig(folder=str(tmp_path / "data"), classes=3)
     scenes = open_scenes(options, "training")

@@ -261,9 +261,9 @@ def test_the_file_is_safetensors(tmp_path):
         ParamSlice("b.c", 0): torch.randn(2).bfloat16(),
         ParamSlice("é", 0): torch.ones(1),
     }
-    seal, _ = write_pieces(tmp_path / "mine", pieces)
-    assert seal["size"] == (tmp_path / "mine").stat().st_size
-    assert seal["sha256"] == hashlib.sha256((tmp_path / "mine").read_bytes()).hexdigest()
+    checksum, _ = write_pieces(tmp_path / "mine", pieces)
+    assert checksum["size"] == (tmp_path / "mine").stat().st_size
+    assert checksum["sha256"] == hashlib.sha256((tmp_path / "mine").read_bytes()).hexdigest()
     with safe_open(tmp_path / "mine", "pt") as file:
         assert set(file.keys()) == {"a@3", "b.c@0", "é@0"}
         for (name, start), tensor in pieces.items():

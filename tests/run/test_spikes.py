@@ -1,4 +1,4 @@
-"""What counts as a spike, and the checkpoint that a run goes on from after one."""
+"""What counts as a spike, and the checkpoint that a run resumes from after one."""
 
 import os
 

@@ -50,7 +50,7 @@ def find(saved: Path, *options: str, **sections) -> tuple[checkpoint.Checkpoint 
     return find_checkpoint(command(saved, *options), description, SimpleNamespace(warn=warned.append)), warned
 
 
-def test_a_run_goes_on_from_its_newest_checkpoint_under_another_name_of_the_preset(saved, tmp_path_factory):
+def test_a_run_resumes_from_its_newest_checkpoint_under_another_name_of_the_preset(saved, tmp_path_factory):
     found, warned = find(saved, config={"preset": "small", "depth": 2})
     assert found.step == 3 and warned == []
     assert find(tmp_path_factory.mktemp("empty")) == (None, [])
