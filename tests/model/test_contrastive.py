@@ -8,17 +8,7 @@ import torch.distributed as dist
 from ranks import run_gloo_ranks
 
 from mug.kernels.linear_cross_entropy import linear_cross_entropy
-from mug.model import contrastive
-from mug.model.contrastive import (
-    LogitScale,
-    contrastive_loss,
-    gather,
-    grouped_loss,
-    late_interaction_loss,
-    pair_loss,
-    sigmoid_loss,
-    two_view_loss,
-)
+from mug.model.contrastive import LogitScale, contrastive_loss, gather, pair_loss, sigmoid_loss, two_view_loss
 
 M, E = 16, 12  # samples on all ranks together, width
 
@@ -38,18 +28,27 @@ def clip_loss():
     return ClipLoss()
 
 
-def assert_is_the_oracle(expected: list[torch.Tensor]) -> None:
+def mine() -> slice:
+    """The rows of this rank."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    mine = slice(rank * M // world, (rank + 1) * M // world)
+    return slice(rank * M // world, (rank + 1) * M // world)
+
+
+def assert_means_over_ranks(found: list[torch.Tensor], expected: list[torch.Tensor], atol: float) -> None:
+    """The means over ranks, as the engine takes them, are the expected ones."""
+    for tensor in found:
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=atol)
+
+
+def assert_is_the_oracle(expected: list[torch.Tensor]) -> None:
     image, text = embeddings()
     scale = torch.tensor([14.0], requires_grad=True)
-    loss, accuracy = pair_loss(image[mine], text[mine], scale)
+    loss, accuracy = pair_loss(image[mine()], text[mine()], scale)
     loss.backward()
     found = [loss.detach(), accuracy, image.grad, text.grad, scale.grad]
-    for tensor in found:  # as the engine does
-        dist.all_reduce(tensor)
-        tensor /= world
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    assert_means_over_ranks(found, expected, 1e-7)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -141,17 +140,12 @@ def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float) -> tu
 
 
 def assert_is_nt_xent(expected: list[torch.Tensor]) -> None:
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = slice(rank * M // world, (rank + 1) * M // world)
     for budget in (2**20, 3 * 8 * M):  # at once; three rows at a time
         first, second = embeddings()
-        loss, accuracy = two_view_loss(first[mine], second[mine], 0.2, budget)
+        loss, accuracy = two_view_loss(first[mine()], second[mine()], 0.2, budget)
         loss.backward()
         found = [loss.detach(), accuracy, first.grad, second.grad]
-        for tensor in found:
-            dist.all_reduce(tensor)
-            tensor /= world
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+        assert_means_over_ranks(found, expected, 1e-7)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -167,18 +161,13 @@ def test_two_views_are_nt_xent_at_any_number_of_ranks(world):
 
 
 def assert_is_siglips(expected: list[torch.Tensor]) -> None:
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = slice(rank * M // world, (rank + 1) * M // world)
     for budget in (2**20, 3 * 16 * M):  # at once; three rows at a time
         image, text = embeddings()
         scale, bias = (torch.tensor([value], requires_grad=True) for value in (10.0, -3.0))
-        loss, accuracy = sigmoid_loss(image[mine], text[mine], scale, bias, memory_budget=budget)
+        loss, accuracy = sigmoid_loss(image[mine()], text[mine()], scale, bias, memory_budget=budget)
         loss.backward()
         found = [loss.detach(), accuracy, image.grad, text.grad, scale.grad, bias.grad]
-        for tensor in found:
-            dist.all_reduce(tensor)
-            tensor /= world
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        assert_means_over_ranks(found, expected, 1e-6)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -205,109 +194,6 @@ def test_pairs_of_rows_that_are_not_valid_do_not_count():
     for gradient in torch.autograd.grad(found[0], (image, text)):
         assert gradient[valid].all() and not gradient[~valid].any()
     assert sigmoid_loss(image, text, 10.0, -3.0, torch.zeros(M, dtype=torch.bool)) == (0, 0)
-
-
-# --- Groups --------------------------------------------------------------------------------------------------
-
-GROUPS = torch.tensor([0, 1, 2, 0, 3, 3, 3, -1, 4, 0, 5, 6, -1, 2, 7, 8])
-
-
-def unicl(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The definition, pair by pair, in float64."""
-    losses = []
-    keys = [j for j in range(M) if GROUPS[j] >= 0]
-    for i in keys:
-        logits = scale * (text[keys].double() @ image[i].double())
-        own = [k for k, j in enumerate(keys) if GROUPS[j] == GROUPS[i]]
-        losses.append(logits.logsumexp(0) - logits[own].mean())
-    return torch.stack(losses).mean()
-
-
-def assert_is_unicl(expected: list[torch.Tensor]) -> None:
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = slice(rank * M // world, (rank + 1) * M // world)
-    counts = (GROUPS[mine] >= 0).sum() * world / (GROUPS >= 0).sum()
-    for budget in (2**20, 3 * 16 * M):  # at once; three rows at a time
-        image, text = embeddings()
-        scale = torch.tensor([14.0], requires_grad=True)
-        loss, _ = grouped_loss(image[mine], text[mine], scale, GROUPS[mine], budget)
-        (loss * counts).backward()
-        found = [loss.detach() * counts, image.grad, text.grad, scale.grad]
-        for tensor in found:
-            dist.all_reduce(tensor)
-            tensor /= world
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_groups_are_unicls_at_any_number_of_ranks(world):
-    image, text = embeddings()
-    scale = torch.tensor([14.0], requires_grad=True)
-    loss = unicl(image, text, scale)
-    loss.backward()
-    run_gloo_ranks(world, assert_is_unicl, [loss.detach().float(), image.grad, text.grad, scale.grad.clone()])
-
-
-def test_groups_of_one_are_the_contrastive_loss():
-    image, text = embeddings()
-    valid = torch.arange(M) != 5
-    found = grouped_loss(image, text, 14.0, torch.where(valid, torch.arange(M), -1))
-    torch.testing.assert_close(found, contrastive_loss(image, text, 14.0, valid))
-
-
-# --- Token by token ------------------------------------------------------------------------------------------
-
-
-def token_embeddings() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Patches [M, 5, E], tokens [M, 4, E] of which 1 to 4 are words, and which."""
-    generator = torch.Generator().manual_seed(0)
-    patches = torch.nn.functional.normalize(torch.randn(M, 5, E, generator=generator), dim=-1).requires_grad_()
-    tokens = torch.nn.functional.normalize(torch.randn(M, 4, E, generator=generator), dim=-1).requires_grad_()
-    return patches, tokens, torch.arange(4) <= torch.arange(M)[:, None] % 4
-
-
-def filip(patches: torch.Tensor, tokens: torch.Tensor, words: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The definition, pair by pair, in float64."""
-    cosines = [[patches[i].double() @ tokens[j][words[j]].double().T for j in range(M)] for i in range(M)]
-    to_text = torch.stack([cosines[i][j].amax(1).mean() for i in range(M) for j in range(M)]).view(M, M)
-    to_image = torch.stack([cosines[i][j].amax(0).mean() for j in range(M) for i in range(M)]).view(M, M)
-    own = torch.arange(M)
-    return sum(torch.nn.functional.cross_entropy(scale * logits, own) for logits in (to_text, to_image)) / 2
-
-
-def assert_is_filip(expected: list[torch.Tensor]) -> None:
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = slice(rank * M // world, (rank + 1) * M // world)
-    for budget in (2**20, 3 * 8 * 5 * 4 * M):  # at once; three rows at a time
-        contrastive.MEMORY_BUDGET = budget
-        patches, tokens, words = token_embeddings()
-        scale = torch.tensor([14.0], requires_grad=True)
-        loss, _ = late_interaction_loss(patches[mine], tokens[mine], words[mine], scale)
-        loss.backward()
-        found = [loss.detach(), patches.grad, tokens.grad, scale.grad]
-        for tensor in found:
-            dist.all_reduce(tensor)
-            tensor /= world
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_late_interaction_is_filips_at_any_number_of_ranks(world):
-    patches, tokens, words = token_embeddings()
-    scale = torch.tensor([14.0], requires_grad=True)
-    loss = filip(patches, tokens, words, scale)
-    loss.backward()
-    assert not tokens.grad[~words].any()
-    run_gloo_ranks(world, assert_is_filip, [loss.detach().float(), patches.grad, tokens.grad, scale.grad.clone()])
-
-
-def test_late_interaction_with_rows_that_are_not_valid():
-    patches, tokens, words = token_embeddings()
-    valid = torch.ones(M, dtype=torch.bool)
-    valid[[2, 3, 11]] = False
-    found = late_interaction_loss(patches, tokens, words, 14.0, valid)
-    torch.testing.assert_close(found, late_interaction_loss(patches[valid], tokens[valid], words[valid], 14.0))
-    assert 0 < found[1] < 1
 
 
 # --- The scale ----------------------------------------------------------------------------------------------
