@@ -192,10 +192,12 @@ class Multilingual(Protocol):
     """An objective whose parts are those of mBART or XLM-R, UniX² for example."""
 
     config: MultilingualConfig
-    vocabulary: Vocabulary
     text_encoder: MultilingualEncoder
     fusion_encoder: FusionEncoder
     decoder: MultilingualDecoder
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
 
 
 def load_language_model(model: Multilingual, state: State, settings: Mapping[str, Any]) -> None:
