@@ -13,7 +13,7 @@ from mug.run.common.command_line import check_min
 from mug.run.common.errors import RunError
 from mug.run.evaluators.evaluator import EvalConfig, EvalContext, Evaluator, Result, Subject
 from mug.run.evaluators.held_out_pairs import PairReader, held_out_shards, images_of
-from mug.run.evaluators.sharing import share
+from mug.run.evaluators.sharing import gather_numbered, share
 from mug.run.reporting.grid import Picture
 
 
@@ -56,10 +56,9 @@ class Pictures(Evaluator):
             true = [next(iter(pair.captions), "") for pair in pairs]
             position_B = torch.tensor([pair.number for pair in pairs], device=hardware.device())
             rows = draw_rows(objective, self.context.tokenizer, images_of(pairs), position_B, true)
-        numbered = zip([pair.number for pair in pairs], rows, strict=True)
-        shown = sorted(hardware.gather(list(numbered)), key=lambda one: one[0])
+        shown = gather_numbered(zip([pair.number for pair in pairs], rows, strict=True))
         self.pairs.report()
-        return Result({}, pictures=[row for _, row in shown])
+        return Result({}, pictures=shown)
 
 
 def check_pictured(objective: Objective) -> None:
