@@ -47,13 +47,6 @@ def sample(number: int, caption: str, parts: dict) -> Sample:
     return Sample(f"{number}", png.getvalue(), "png", caption, {"parts": {"en": parts}} if parts else {})
 
 
-@pytest.fixture
-def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     run = tmp_path_factory.mktemp("correct") / "run"
