@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pictures import encode, photograph
+from encoded import encode
+from pictures import photograph
 
 from mug.data.crops import CentralSquare
 from mug.data.decode import MAX_BYTES, decode_crop

@@ -1,5 +1,4 @@
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from encoded import one_colour
 import torch
-from PIL import Image
 
 from mug.data.builders.writers import write_tar
 from mug.data.config import DataConfig
@@ -98,9 +97,7 @@ def test_a_sample_is_its_own_image_and_caption(config, tmp_path):
     colours = {f"{i:02d}": (7 * i, 3 * i, 255 - i) for i in range(30)}
     members = []
     for key, colour in colours.items():
-        buffer = io.BytesIO()
-        Image.new("RGB", (30, 20), colour).save(buffer, "PNG")
-        members += [(f"{key}.png", buffer.getvalue()), (f"{key}.txt", key.encode())]
+        members += [(f"{key}.png", one_colour(colour, (30, 20))), (f"{key}.txt", key.encode())]
     write_tar(tmp_path / "colours.tar", members)
     config.shards = f"{tmp_path}/colours.tar"
     stream = open_pairs(config)
@@ -300,9 +297,7 @@ def test_one_of_several_captions_is_drawn_anew_each_epoch(config, tmp_path):
     captions = {"en": ["picture", "number"], "de": "1 2 3"}
     members = []
     for i in range(40):
-        buffer = io.BytesIO()
-        Image.new("RGB", (20, 20)).save(buffer, "PNG")
-        members += [(f"{i}.png", buffer.getvalue()), (f"{i}.json", json.dumps({"captions": captions}).encode())]
+        members += [(f"{i}.png", one_colour()), (f"{i}.json", json.dumps({"captions": captions}).encode())]
     write_tar(tmp_path / "captions.tar", members)
     config.shards, config.language = f"{tmp_path}/captions.tar", "en,de"
     stream = open_pairs(config)

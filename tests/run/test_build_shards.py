@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from encoded import encode
 import webdataset
 from commands import run_script
 from PIL import Image
@@ -24,12 +25,6 @@ def build(*arguments: object) -> subprocess.CompletedProcess:
     return run_script("run/build_shards.py", *arguments)
 
 
-def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
 def read(folder: Path, split: str = "train") -> dict[str, dict]:
     """key → the files of a sample."""
     paths = [str(path) for path in sorted(folder.glob(f"{split}-*.tar"))]
@@ -42,11 +37,11 @@ def photos(tmp_path) -> Path:
     folder = tmp_path / "photos"
     for label in ("cats/black", "dogs"):
         (folder / label).mkdir(parents=True)
-    (folder / "a.v2.png").write_bytes(encoded(Image.new("RGB", (40, 30), "red")))
+    (folder / "a.v2.png").write_bytes(encode(Image.new("RGB", (40, 30), "red")))
     (folder / "a.v2.txt").write_bytes(b"caf\xc3\xa9 \xff\0")
-    (folder / "cats/black/1.JPG").write_bytes(encoded(Image.new("RGB", (200, 100), "blue"), "JPEG"))
+    (folder / "cats/black/1.JPG").write_bytes(encode(Image.new("RGB", (200, 100), "blue"), "JPEG"))
     (folder / "cats/black/1.json").write_text('{"captions": {"de": "Katze"}, "caption": "a cat", "width": 9}')
-    (folder / "dogs/2.webp").write_bytes(encoded(Image.new("RGB", (20, 20)), "WEBP"))
+    (folder / "dogs/2.webp").write_bytes(encode(Image.new("RGB", (20, 20)), "WEBP"))
     (folder / "dogs/2.json").write_text('{"label": "poodle", "x": [')
     (folder / "dogs/3.png").write_bytes(b"<html>")
     (folder / "dogs/notes.txt").write_text("no image")
@@ -82,10 +77,10 @@ def test_large_images_shrink_as_jpeg(tmp_path):
     turned = Image.new("RGB", (200, 100), "blue")
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
-    (folder / "turned.jpg").write_bytes(encoded(turned, "JPEG", exif=exif))
-    (folder / "clear.png").write_bytes(encoded(Image.new("RGBA", (300, 90), (0, 0, 0, 0))))
-    (folder / "grey16.png").write_bytes(encoded(Image.fromarray(np.full((90, 90), 128 << 8, np.uint16))))
-    (folder / "small.png").write_bytes(encoded(Image.new("RGB", (64, 10))))
+    (folder / "turned.jpg").write_bytes(encode(turned, "JPEG", exif=exif))
+    (folder / "clear.png").write_bytes(encode(Image.new("RGBA", (300, 90), (0, 0, 0, 0))))
+    (folder / "grey16.png").write_bytes(encode(Image.fromarray(np.full((90, 90), 128 << 8, np.uint16))))
+    (folder / "small.png").write_bytes(encode(Image.new("RGB", (64, 10))))
     done = build("folder", folder, "--out", tmp_path / "out", "--held_out", "0", "--image_size", "64")
     assert done.returncode == 0, done.stderr
     pairs = read(tmp_path / "out")
@@ -103,7 +98,7 @@ def test_the_split_and_the_formats(tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(40):
         noise = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        (tmp_path / f"in/{i:02d}.png").write_bytes(encoded(Image.fromarray(noise)))
+        (tmp_path / f"in/{i:02d}.png").write_bytes(encode(Image.fromarray(noise)))
         (tmp_path / f"in/{i:02d}.txt").write_text(f"picture {i}")
     share = ("--held_out", "0.3", "--samples_per_shard", "20")
     for format in ("tar", "arrow", "parquet"):
@@ -127,7 +122,7 @@ def parquet_of(path: Path, **columns) -> Path:
 
 
 def test_parquet_of_bytes(tmp_path):
-    images = [encoded(Image.new("RGB", (8 + i, 8))) for i in range(4)]
+    images = [encode(Image.new("RGB", (8 + i, 8))) for i in range(4)]
     (tmp_path / "in").mkdir()
     parquet_of(
         tmp_path / "in/0.parquet",
@@ -200,7 +195,7 @@ def test_shards_of_another_build_are_not_mixed_in(photos, tmp_path):
 
 def odd_folder(folder: Path) -> Path:
     """Three good pairs, and what people's folders hold besides."""
-    image = encoded(Image.new("RGB", (8, 8)))
+    image = encode(Image.new("RGB", (8, 8)))
     folder.mkdir()
     for name in ("a.png", "a.jpg", "b.v1.png", "b_v1.png"):
         (folder / name).write_bytes(image)
@@ -249,7 +244,7 @@ ODD_COLUMNS = {
 
 @pytest.mark.parametrize("kind", ODD_COLUMNS)
 def test_parquet_captions_of_any_type(tmp_path, kind):
-    images = [encoded(Image.new("RGB", (8 + i, 8))) for i in range(3)]
+    images = [encode(Image.new("RGB", (8 + i, 8))) for i in range(3)]
     columns = {"jpg": images, "caption": ODD_COLUMNS[kind], "key": ["/d/k.1", "k", "k"]}
     columns["json"] = [{"label": "x", "b": b"bytes"}, None, {"label": "y", "b": None}]
     path = parquet_of(tmp_path / "in.parquet", **columns)
@@ -273,7 +268,7 @@ def test_text_that_is_not_utf8_costs_only_its_letters(tmp_path):
 
 
 def test_few_captions_are_reported_with_the_columns(tmp_path):
-    images = [encoded(Image.new("RGB", (8 + i, 8))) for i in range(3)]
+    images = [encode(Image.new("RGB", (8 + i, 8))) for i in range(3)]
     path = parquet_of(tmp_path / "in.parquet", jpg=images, caption=[1.0, float("nan"), 2.0], blurb=["a", "b", "c"])
     done = build("parquet", path, "--out", tmp_path / "out", "--held_out", "0")
     assert done.returncode == 0, done.stderr
@@ -290,7 +285,7 @@ def test_splits_of_multi30k_have_their_names(tmp_path):
     for folder in ("images", "image_splits", "raw"):
         (source / folder).mkdir(parents=True)
     for i, split in enumerate(("train", "test_2016_flickr")):
-        (source / "images" / f"{i}.png").write_bytes(encoded(Image.new("RGB", (8 + i, 8))))
+        (source / "images" / f"{i}.png").write_bytes(encode(Image.new("RGB", (8 + i, 8))))
         (source / "image_splits" / f"{split}.txt").write_text(f"{i}.png\n")
         for language, text in (("en", "a square"), ("de", "ein Quadrat")):
             (source / "raw" / f"{split}.{language}").write_text(f"{text} {i}\n")

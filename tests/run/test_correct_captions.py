@@ -1,14 +1,13 @@
 """Which captions and parts of captions count as correct, by hand; the evaluation on a checkpoint."""
 
-import io
 import json
 
 import numpy as np
 import pytest
+from encoded import encode
 import torch
 import torch.distributed as dist
 from evaluation import eval_context, make_checkpoint, subject_of
-from PIL import Image
 from ranks import run_gloo_ranks
 
 from mug.data.builders.writers import Sample, write_tar_shard
@@ -42,9 +41,8 @@ def test_case_and_punctuation_do_not_count():
 
 def sample(number: int, caption: str, parts: dict) -> Sample:
     """An image that depends on the number alone."""
-    png = io.BytesIO()
-    Image.fromarray(np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)).save(png, "PNG")
-    return Sample(f"{number}", png.getvalue(), "png", caption, {"parts": {"en": parts}} if parts else {})
+    pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
+    return Sample(f"{number}", encode(pixels), "png", caption, {"parts": {"en": parts}} if parts else {})
 
 
 @pytest.fixture(scope="module")

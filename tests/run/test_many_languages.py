@@ -1,6 +1,5 @@
 """Retrieval, captions and translation in several languages: values by hand, and a UniX² that has learned six things."""
 
-import io
 import json
 import logging
 import os
@@ -10,10 +9,10 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from encoded import one_colour
 import sacrebleu
 import torch
 from evaluation import eval_context, subject_of
-from PIL import Image
 from ranks import run_gloo_ranks
 from torch import nn
 
@@ -93,12 +92,6 @@ class Sees(Objective):
         return nn.functional.normalize(torch.tensor(colour).float(), dim=0)
 
 
-def png(colour: tuple[int, int, int]) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def named(i: int) -> dict[str, str | list[str]]:
     """Names of a colour; two have none in Chinese, red has two in English."""
     captions = {language: names[i] for language, names in NAMES.items() if language != "zh" or i < 4}
@@ -112,7 +105,7 @@ def folder(tmp_path_factory) -> Path:
     texts = [VAGUE, *(name for names in NAMES.values() for name in names)]
     texts += [SENTENCES[one].format(word) for one in LANGUAGES for word in ADJECTIVES[one]]
     train_unigram(texts * 3, 1100, LANGUAGES).save(str(folder / "tokenizer.json"))
-    colours = [Sample(f"{i}", png(COLOURS[i]), "png", "", {"captions": named(i)}) for i in range(6)]
+    colours = [Sample(f"{i}", one_colour(COLOURS[i]), "png", "", {"captions": named(i)}) for i in range(6)]
     write_tar_shard(folder / "colours.tar", colours)
     write_parquet_shard(
         folder / "texts.parquet",
@@ -123,7 +116,7 @@ def folder(tmp_path_factory) -> Path:
     ]
     write_tar_shard(
         folder / "things.tar",
-        [Sample(f"{i}", png(COLOURS[i]), "png", "", {"captions": some}) for i, some in enumerate(things)],
+        [Sample(f"{i}", one_colour(COLOURS[i]), "png", "", {"captions": some}) for i, some in enumerate(things)],
     )
     return folder
 
@@ -348,7 +341,7 @@ def test_another_image_is_the_next_that_differs(folder, learned, tmp_path):
     write_tar_shard(
         tmp_path / "rows.tar",
         [
-            Sample(f"{i}", png(c), "png", "", {"captions": t})
+            Sample(f"{i}", one_colour(c), "png", "", {"captions": t})
             for i, (c, t) in enumerate(zip(colours, texts, strict=True))
         ],
     )
@@ -357,7 +350,7 @@ def test_another_image_is_the_next_that_differs(folder, learned, tmp_path):
         others = [evaluator._other(pair, 8).number for pair in evaluator.pairs.read(range(6), 8)]
         assert others == [4, 4, 5, 1, 1, 2]
         write_tar_shard(
-            tmp_path / "same.tar", [Sample(f"{i}", png(RED), "png", "", {"captions": texts[0]}) for i in (0, 1)]
+            tmp_path / "same.tar", [Sample(f"{i}", one_colour(RED), "png", "", {"captions": texts[0]}) for i in (0, 1)]
         )
         with pytest.raises(RunError, match=r"all images of .*same.tar are the same"):
             Translate(TranslateConfig(shards=str(tmp_path / "same.tar")), context_of(folder)).run(subject_of(learned))
