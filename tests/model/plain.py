@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from noise import noisy
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,15 +28,6 @@ ENCODER = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "heads": 
 def parameters(model: nn.Module) -> Parameters:
     """Float64 copies of a model's parameters."""
     return {name: value.detach().double().requires_grad_() for name, value in model.named_parameters()}
-
-
-def noisy(model: nn.Module) -> nn.Module:
-    """The model with noise on every parameter, so that none is at a neutral start."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-    return model
 
 
 def build(objective: type[Objective], sizes: dict, context: Context = CONTEXT) -> Any:

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import timm
 import torch
+from noise import noisy
 from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEEmbeddings
 
@@ -55,15 +56,6 @@ def images(config: MUGConfig, count: int = 2) -> tuple[torch.Tensor, torch.Tenso
     image = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=torch.manual_seed(3))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
     return image, (image / 255 - mean) / std
-
-
-def shake(model: torch.nn.Module) -> torch.nn.Module:
-    """Move every parameter off its start, so that a bias or norm in the wrong place shows."""
-    generator = torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -161,7 +153,7 @@ def test_our_encoder_computes_timms_features(make_model):
     """With learned positions, the class token's included, and a classifier that is left out."""
     encoder = make_model().eval().encoder
     config = make_model().config
-    theirs = shake(timm_model(config, num_classes=10))
+    theirs = noisy(timm_model(config, num_classes=10))
     interchange.load_encoder(encoder, theirs.state_dict())
     image, normalized = images(config)
     assert theirs.pos_embed[:, 0].abs().min() > 0
@@ -174,11 +166,11 @@ def test_our_model_computes_transformers_features(make_model, tmp_path, saved):
     model = make_model().eval()
     config = model.config
     image, normalized = images(config)
-    vit = shake(ViTModel(ViTConfig(**vit_sizes(config))))
+    vit = noisy(ViTModel(ViTConfig(**vit_sizes(config)))).eval()
     interchange.load_encoder(model.encoder, state_of(vit, tmp_path / "vit", saved))
     assert difference(model.encoder(image), vit(normalized).last_hidden_state) < BAR
 
-    mae = shake(ViTMAEForPreTraining(vitmae_config(config)))
+    mae = noisy(ViTMAEForPreTraining(vitmae_config(config))).eval()
     interchange.load_encoder(model.encoder, state_of(mae, tmp_path / "mae", saved))
     noise = torch.rand(len(image), config.patches, generator=torch.manual_seed(1))
     visible = noise.argsort(1)[:, : config.visible]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from plain import noisy
+from noise import noisy
 from torch import nn
 from transformers import MBartConfig, MBartForConditionalGeneration
 

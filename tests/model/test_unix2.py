@@ -3,7 +3,8 @@
 import pytest
 import torch
 import unix2 as oracle
-from plain import encode, noisy, parameters
+from noise import noisy
+from plain import encode, parameters
 from torch import Tensor
 from unix2 import KINDS, VOCABULARY, batch_at, make
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from noise import noisy
 import timm
 import torch
 import yaml
@@ -39,11 +40,7 @@ RECIPE |= {"loss_weights": {"pixels": 1.0, "caption": 0.1}}
 @pytest.fixture(scope="module")
 def model() -> MUG:
     torch.manual_seed(0)
-    model = MUG(resolve(SIZES), CONTEXT).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return model
+    return noisy(MUG(resolve(SIZES), CONTEXT)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -231,11 +228,8 @@ TUNED = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 4, "heads": 2}
 def tuned(norm_eps: float = 1e-6) -> Classify:
     """A classifier whose every parameter matters, its positions among them."""
     torch.manual_seed(0)
-    model = Classify(resolve(ClassifyConfig(**TUNED, norm_eps=norm_eps)), Context(class_names=("cat", "dog"))).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return model
+    config = resolve(ClassifyConfig(**TUNED, norm_eps=norm_eps))
+    return noisy(Classify(config, Context(class_names=("cat", "dog")))).eval()
 
 
 def trained_on(model: Objective, found: Checkpoint, **data: object) -> Checkpoint:

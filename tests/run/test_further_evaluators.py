@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from encoded import encode
 import torch
+from noise import noisy
 from evaluation import eval_context, mug_config, subject_of
 from PIL import Image
 from sklearn.decomposition import PCA
@@ -110,9 +111,7 @@ def model(tmp_path_factory) -> tuple[MUG, Tokenizer]:
     model = MUG(resolve(mug_config()), Context(0, vocabulary_of(tokenizer)))
     with torch.no_grad():
         model.text_decoder.head.weight.mul_(40)
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return model.eval(), tokenizer
+    return noisy(model).eval(), tokenizer
 
 
 @torch.inference_mode()
