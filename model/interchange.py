@@ -17,13 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mug.model.encoder import Encoder
-from mug.model.multilingual import (
-    NORM_EPS,
-    FusionEncoder,
-    MultilingualConfig,
-    MultilingualDecoder,
-    MultilingualEncoder,
-)
+from mug.model.multilingual import NORM_EPS, FusionEncoder, MultilingualConfig, MultilingualDecoder, MultilingualEncoder
 from mug.model.pixel_decoder import PixelDecoder
 from mug.model.presets import ModelConfigError, Vocabulary
 
