@@ -18,3 +18,16 @@ def one_rank():
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def mended_interpreter(monkeypatch):
+    """Triton 3.6 and 3.7 turn a loop's bound, an array of one element, into an int; numpy 2.4 refuses that."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_repair(tensor, *scope):
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_repair)
