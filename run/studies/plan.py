@@ -247,12 +247,8 @@ class Plan:
             "trainer.layer_decay": 1.0 if name == SCRATCH else 0.75,  # there is nothing to preserve from scratch
             "seed": seed,
         }
-        base = [
-            "--config",
-            str(RUN / "recipes" / "classify" / "fashion_mnist_tiny.yaml"),
-            "--deepspeed",
-            str(DEEPSPEED),
-        ]
+        recipe_file = str(RUN / "recipes" / "classify" / "fashion_mnist_tiny.yaml")
+        base = ["--config", recipe_file, "--deepspeed", str(DEEPSPEED)]
         init = [] if name == SCRATCH else ["--init", str(self.run(name, seed))]
         command = ["finetune.py", *base, "--output", str(run), *init, *flags(values | flat(config.recipe))]
         return Job(f"fine-tune {name} {what}", command, run, resumes=True)

@@ -1,5 +1,3 @@
-import hashlib
-import itertools
 import json
 import os
 import signal
@@ -11,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from encoded import one_colour
+from streams import read_together, rows, take
 import torch
 
 from mug.data.builders.writers import write_tar
@@ -41,34 +40,8 @@ def open_pairs(config: DataConfig, rank=0, world=1, micro_batch=1, seed=0) -> Tr
     return open_stream({"pairs": StreamConfig(config)}, seed, SHAPE, share)
 
 
-def rows(step: list[dict]) -> list[tuple]:
-    """(position, hash of the image, tokens) of each sample of a step, in order."""
-    return [
-        (int(p), hashlib.sha256(image.numpy().tobytes()).hexdigest(), tuple(tokens.tolist()))
-        for batch in step
-        for image, tokens, p in zip(batch["image"], batch["tokens"], batch["position"], strict=True)
-    ]
-
-
-def take(stream: TrainStream, steps: int) -> list[list[tuple]]:
-    taken = []
-    for step in itertools.islice(stream, steps):
-        taken.append(rows(step))
-        stream.advance()
-    return taken
-
-
 def global_batches(config: DataConfig, world: int, steps: int, state: dict | None = None) -> tuple[list, dict]:
-    """What all ranks together read in each step, by position, and the state after it."""
-    parts, states = [], []
-    for rank in range(world):
-        stream = open_pairs(config, rank, world, micro_batch=GLOBAL_BATCH // world)
-        if state:
-            stream.load_state_dict(state)
-        parts.append(take(stream, steps))
-        states.append(stream.state_dict())
-    assert all(other == states[0] for other in states)
-    return [sorted(itertools.chain(*step)) for step in zip(*parts, strict=True)], states[0]
+    return read_together(lambda rank: open_pairs(config, rank, world, GLOBAL_BATCH // world), world, steps, state)
 
 
 def test_the_form_of_a_step(config):
@@ -161,7 +134,7 @@ def test_prefetching_moves_nothing(config):
     assert stream.next_position == 0
     stream.advance()
     assert stream.next_position == GLOBAL_BATCH
-    assert rows(next(iter(stream)))[0][0] == GLOBAL_BATCH
+    assert rows(next(iter(stream))[0])[0][0] == GLOBAL_BATCH
 
 
 def test_another_seed_is_refused(config):
