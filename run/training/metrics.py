@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import secrets
 import time
 from collections.abc import Iterator
@@ -67,7 +68,9 @@ class MetricsWriter:
         """Drop the rows of steps after `after`, except those that record when the run was started."""
         rows = read_rows(self.path) if self.path.exists() else []
         kept = [row for row in rows if row["step"] <= after or row.get("event") in ("start", "resume")]
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        fresh = self.path.with_suffix(".fresh")
+        fresh.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(fresh, self.path)
         if self.file:
             self.file.close()
         self.file = self.path.open("a", buffering=1, encoding="utf-8")
