@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
 import re
 import sys
 from types import SimpleNamespace
@@ -98,14 +97,7 @@ def view_of(photo) -> torch.Tensor:
 def run_card(folder, photo) -> dict:
     """The model card's code, run in the exported folder as the card says; returns its variables."""
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
-    here = os.getcwd()
-    os.chdir(folder)
-    try:
-        names = {}
-        exec(code.replace("photo.png", str(photo)), names)
-    finally:
-        os.chdir(here)
-    return names
+    return export.run_usage(code, folder, photo)
 
 
 # Resizing differs: timm and Pillow cut the same pixels and round otherwise, transformers resizes before it cuts.
