@@ -13,7 +13,7 @@ from encoded import one_colour
 import sacrebleu
 import torch
 from evaluation import eval_context, subject_of
-from ranks import run_gloo_ranks
+from ranks import found_by_ranks
 from torch import nn
 
 from mug.data.builders.unigram_training import train_unigram
@@ -125,10 +125,8 @@ def context_of(folder: Path, **options: object):
     return eval_context(folder, tokenizer=Tokenizer.load(folder / "tokenizer.json"), micro_batch=4, **options)
 
 
-def work(folder: Path, world: int) -> None:
-    """Retrieval on this rank; rank 0 writes what is found."""
-    import torch.distributed as dist
-
+def work(folder: Path) -> dict:
+    """Returns what retrieval finds."""
     context = context_of(folder)
     retrieval = RetrievalConfig(shards=str(folder / "colours.tar"), languages="en,de,zh")
     texts = TextRetrievalConfig(shards=str(folder / "texts.parquet"))
@@ -136,9 +134,7 @@ def work(folder: Path, world: int) -> None:
         evaluator.run(subject_of(Sees(context.tokenizer)))
         for evaluator in (Retrieval(retrieval, context), TextRetrieval(texts, context))
     ]
-    if dist.get_rank() == 0:
-        report = {"metrics": found[0].metrics | found[1].metrics, "records": found[0].records + found[1].records}
-        (folder / f"found{world}.json").write_text(json.dumps(report), encoding="utf-8")
+    return {"metrics": found[0].metrics | found[1].metrics, "records": found[0].records + found[1].records}
 
 
 @pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
@@ -146,10 +142,8 @@ def found(request, folder) -> dict:
     """What one rank finds, and two."""
     if request.param == 1:
         with patch.dict(os.environ), process_group():
-            work(folder, 1)
-    else:
-        run_gloo_ranks(2, work, folder, 2)
-    return json.loads((folder / f"found{request.param}.json").read_text(encoding="utf-8"))
+            return json.loads(json.dumps(work(folder)))
+    return found_by_ranks(2, work, folder)
 
 
 def test_images_are_found_in_each_language(found):
