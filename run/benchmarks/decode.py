@@ -22,7 +22,7 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from mug.data import rng
-from mug.data.builders.writers import write_tar
+from mug.data.builders.writers import encoded, write_tar
 from mug.data.crops import CROP_DRAWS, Box, Crop, RandomCrop
 from mug.data.decode import Mode, decode_crop, fast_boxes
 from mug.data.workers import worker_settings
@@ -50,11 +50,8 @@ def photographs(folder: Path | None, width: int, height: int) -> list[bytes]:
         with Image.open(path, formats=("JPEG", "WEBP")) as image:
             if path.is_symlink() or image.width <= width or image.height <= height:
                 continue
-            buffer = io.BytesIO()
-            ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS).save(
-                buffer, "JPEG", quality=95
-            )
-            jpegs.append(buffer.getvalue())
+            cut = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+            jpegs.append(encoded(cut, "JPEG", quality=95))
     if not jpegs:
         raise RunError(
             f"no photograph larger than {width}x{height} in {', '.join(map(str, folders))}: give a folder of JPEGs,"
