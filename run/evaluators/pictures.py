@@ -103,7 +103,7 @@ def draw_rows(
         for count in sorted({1, beams}):
             author = "written" if count == 1 else f"written, {count} beams"
             tokens_BT = objective.caption(image_BCHW, count)
-            captions[author] = _decode(tokenizer, tokens_BT)
+            captions[author] = [tokenizer.decode(row) for row in tokens_BT[:, 1:].tolist()]
             if count == 1:
                 words = _looked_at(objective, tokenizer, image_BCHW, tokens_BT)
     if any(true):
@@ -146,7 +146,3 @@ def spotlight(image_CHW: Tensor, weights_N: Tensor) -> Tensor:
         (weights_N / weights_N.max()).view(1, 1, side, side), size=image_CHW.shape[1:], mode="bilinear"
     )[0, 0]
     return (255 - (255 - image_CHW.float()) * (0.15 + 0.85 * share_HW)).round().to(torch.uint8)
-
-
-def _decode(tokenizer: Tokenizer, tokens_BT: Tensor) -> list[str]:
-    return [tokenizer.decode(row) for row in tokens_BT[:, 1:].tolist()]
