@@ -41,7 +41,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 def write_png(path: Path, image: Image.Image, **options: object) -> None:
     """Write a picture as PNG, by `write_whole`; `options` are those of Pillow's PNG."""
-    write_whole(path, encoded(image, **options))
+    write_whole(path, encoded(image, "PNG", **options))
 
 
 def append_line(path: Path, line: str) -> None:

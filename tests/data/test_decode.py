@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
+from encoded import encode
 from hypothesis import given
 from hypothesis import strategies as st
-from encoded import encode
 from pictures import by_pillow, by_pillow_box, difference, photograph, random_crop
 from PIL import Image
 from torchvision.transforms import functional as tv

@@ -8,9 +8,9 @@ import zlib
 
 import numpy as np
 import pytest
+from encoded import encode
 from hypothesis import given
 from hypothesis import strategies as st
-from encoded import encode
 from pictures import photograph
 
 from mug.data.crops import CentralSquare

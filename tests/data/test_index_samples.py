@@ -4,8 +4,8 @@ import tarfile
 
 import pyarrow as pa
 import pytest
-from encoded import tar_bytes
 import webdataset
+from encoded import tar_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 

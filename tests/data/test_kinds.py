@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encoded import encode
 import torch
+from encoded import encode
 from PIL import Image
 
 from mug.data import pixels

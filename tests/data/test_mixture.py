@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from streams import read_together, rows, take
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from streams import read_together, rows, take
 
 from mug.data.config import DataConfig
 from mug.data.crops import ViewConfig

@@ -1,6 +1,5 @@
 """Tars whose files have names between key and extension, against the pairs that people mean by them."""
 
-
 import pytest
 from encoded import tar_bytes
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from encoded import one_colour
 import torch
+from encoded import one_colour
 
 from mug.data.builders.unigram_training import train_unigram
 from mug.data.builders.writers import write_tar

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from encoded import one_colour
 from streams import read_together, rows, take
-import torch
 
 from mug.data.builders.writers import write_tar
 from mug.data.config import DataConfig

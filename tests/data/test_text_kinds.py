@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from encoded import one_colour
 import torch
+from encoded import one_colour
 
 from mug.data.builders.unigram_training import train_unigram
 from mug.data.builders.writers import write_tar

@@ -5,8 +5,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from encoded import tar_bytes
 import webdataset
+from encoded import tar_bytes
 
 from mug.data.builders import writers
 from mug.data.builders.writers import Sample, is_held_out, key_of, write_shards

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 from plain import (
-    CONTEXT,
     ENCODER,
     VOCABULARY,
     assert_captions_are_likeliest,

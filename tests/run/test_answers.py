@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from encoded import one_colour
 import torch
+from encoded import one_colour
 from evaluation import eval_context, subject_of
 from ranks import found_by_ranks
 from torch import nn

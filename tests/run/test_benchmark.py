@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encoded import encode
 import yaml
 from commands import run_script
+from encoded import encode
 from PIL import Image
 from train_commands import parse
 

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from encoded import encode
 import webdataset
 from commands import run_script
+from encoded import encode
 from PIL import Image
 
 from mug.data.builders.raw_pairs import parquet_pairs

@@ -1,6 +1,5 @@
 """A run that trains on captions says so where its samples have none."""
 
-
 import pytest
 from encoded import one_colour
 from train_commands import recipe_of

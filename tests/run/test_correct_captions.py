@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from encoded import encode
 import torch
 import torch.distributed as dist
+from encoded import encode
 from evaluation import eval_context, make_checkpoint, subject_of
 from ranks import run_gloo_ranks
 

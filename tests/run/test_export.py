@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from noise import noisy
 import timm
 import torch
 import yaml
+from noise import noisy
 from PIL import Image
 
 from mug.data.crops import CentralSquare

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 import pytest
-from encoded import encode
 import torch
-from noise import noisy
+from encoded import encode
 from evaluation import eval_context, mug_config, subject_of
+from noise import noisy
 from PIL import Image
 from sklearn.decomposition import PCA
 from torch import nn

@@ -11,9 +11,9 @@ from unittest.mock import patch
 import numpy as np
 import pyarrow as pa
 import pytest
-from encoded import encode
 import torch
 from commands import run_script
+from encoded import encode
 from PIL import Image
 
 from mug.data.errors import DataError

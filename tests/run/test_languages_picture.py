@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
-from encoded import one_colour
 import torch
+from encoded import one_colour
 from PIL import Image
 
 from mug.data.builders.unigram_training import train_unigram

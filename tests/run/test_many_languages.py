@@ -9,9 +9,9 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from encoded import one_colour
 import sacrebleu
 import torch
+from encoded import one_colour
 from evaluation import eval_context, subject_of
 from ranks import found_by_ranks
 from torch import nn

@@ -115,7 +115,9 @@ def assert_is_the_oracle(
             means = train_step(engine, micro_batches(step, accumulation), UniX2.losses, groups=GROUPS)
             assert means.reduce(UniX2.losses)["loss/total"] == pytest.approx(total, abs=2e-5), what
             for name, weight in weights_of(engine).items():
-                torch.testing.assert_close(weight, torch.from_numpy(weights[name]), rtol=1e-4, atol=2e-6, msg=what + name)
+                torch.testing.assert_close(
+                    weight, torch.from_numpy(weights[name]), rtol=1e-4, atol=2e-6, msg=what + name
+                )
 
 
 @pytest.mark.slow
