@@ -4,14 +4,14 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 
 from mug.data.bad_samples import Replacement
 from mug.data.captions import TEXT_LANGUAGE, by_language
-from mug.data.config import TextConfig
+from mug.data.config import DataConfig, TextConfig
 from mug.data.errors import BadSample, DataError
 from mug.data.index.rows import PARTS
 from mug.data.kinds.samples import Batch, Shape
@@ -58,15 +58,13 @@ class Shards:
         reader = Reader.open([url for some in urls.values() for url in some], config, images_needed)
         return Shards(reader, tuple(language for language, some in urls.items() for _ in some))
 
-    def train_view(self, config: TextConfig, seed: int, crop_scale: tuple[float, float], flip: bool) -> TrainView:
-        """Returns the view of training."""
-        return TrainView(
-            order_of(self.reader.index.counts_S, self.languages_S, config.exponent, seed), crop_scale, flip
-        )
-
-    def evaluation_view(self) -> EvaluationView:
-        """Returns the view of evaluation."""
-        return EvaluationView(self.reader.index.counts_S)
+    def view(self, config: TextConfig, seed: int | None) -> View:
+        """Returns the view of training, whose order `seed` sets; without it, that of evaluation."""
+        if seed is None:
+            return EvaluationView(self.reader.index.counts_S)
+        order = order_of(self.reader.index.counts_S, self.languages_S, config.exponent, seed)
+        crops = (tuple(config.crop_scale), config.flip) if isinstance(config, DataConfig) else ((1.0, 1.0), False)
+        return TrainView(order, *crops)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +91,11 @@ class RowSamples:
             raise DataError(
                 f"text length {self.text_length} leaves no token between BOS and EOS: give {framing + 1} or more"
             )
+
+    @classmethod
+    def further(cls, config: Any, shape: Shape) -> tuple:
+        """Returns the fields that a kind has in addition."""
+        return ()
 
     @property
     def reader(self) -> Reader:
@@ -225,6 +228,30 @@ class RowSamples:
         return np.array(self.tokenizer.languages.index(language), np.int64)
 
 
+Rows = TypeVar("Rows", bound=RowSamples)
+
+
+def open_rows(
+    kind: type[Rows],
+    patterns: str,
+    config: TextConfig,
+    shape: Shape,
+    tokenizer: Tokenizer | None,
+    seed: int | None = None,
+) -> Rows:
+    """Returns the samples of a kind in the shards: to train on, in an order that `seed` sets, or to evaluate on.
+
+    Raises:
+        DataError: a shard is missing or cannot be used, or see `text_length_of`.
+    """
+    shards = Shards.open(patterns, config, images_needed=kind.parts == PARTS)
+    texts = (None, 0, ()) if tokenizer is None else (tokenizer, text_length_of(config, shape), config.languages())
+    rows = kind(shards, shards.view(config, seed), *texts, *kind.further(config, shape))
+    if tokenizer and tokenizer.added and seed is not None:
+        log.info("the tokenizer lacked special tokens, so these were added: %s", ", ".join(tokenizer.added))
+    return rows
+
+
 def load_tokenizer(found: object, config: TextConfig) -> Tokenizer:
     """Loads the tokenizer of a stream: `found` is its tokenizer.json, or None.
 
@@ -241,12 +268,6 @@ def load_tokenizer(found: object, config: TextConfig) -> Tokenizer:
             f" {','.join(tokenizer.languages)}"
         )
     return tokenizer
-
-
-def report_added(tokenizer: Tokenizer) -> None:
-    """Log which special tokens a tokenizer lacked."""
-    if tokenizer.added:
-        log.info("the tokenizer lacked special tokens, so these were added: %s", ", ".join(tokenizer.added))
 
 
 def text_length_of(config: TextConfig, shape: Shape) -> int:

@@ -19,6 +19,7 @@ from multiprocessing.queues import Queue
 from torch.utils.data import DataLoader
 
 from mug.data.errors import DataError
+from mug.data.parent import end_with_parent
 
 ENDING = {signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}  # what asks an entire job to end
 SHARED_MEMORY = "/dev/shm"
@@ -187,15 +188,7 @@ def _begin(worker: int) -> None:
     torch watches the parent's id, which is the fork server's.
     """
     Queue._on_queue_feeder_error = staticmethod(_end)
-
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait():
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+    end_with_parent()
 
 
 def _end(error: Exception, batch: object) -> None:

@@ -1,24 +1,47 @@
-"""What objectives share that learn from captions alone: an encoder, and a decoder that writes the caption.
+"""What objectives share that write captions, and those that learn from captions alone, by an encoder and a decoder.
 
 Dimension letters: B batch, L encoded image tokens, M of them that the decoder sees, D width, T tokens.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from mug.model import flops
 from mug.model.captioning import CaptionTask, autoregressive, caption_loss, with_rows
 from mug.model.encoder import Encoder
-from mug.model.generate import word_attention, write
+from mug.model.generate import Decoder, word_attention, write
 from mug.model.likelihood import log_likelihoods
-from mug.model.objectives.objective import Batch, Context, Losses, Metrics, Objective
+from mug.model.objectives.objective import Batch, Context, Losses, Metrics, Objective, ObjectiveError
 from mug.model.presets import TextDecoderConfig
 from mug.model.text_decoder import TextBlock, TextDecoder
 from mug.model.vit import Block, init_weights
 
 
-class Captioner(Objective):
+class WritesCaptions(Objective):
+    """An objective that writes captions, and tells how likely they are: `writer` does, of an image's `memory`."""
+
+    text_decoder: Any
+
+    @property
+    def writer(self) -> Decoder:
+        return self.text_decoder
+
+    def memory(self, image_BCHW: Tensor) -> Tensor:
+        return self.encoder(image_BCHW)
+
+    def check_captions(self) -> None:
+        if "caption" not in self.active:
+            raise ObjectiveError("the model never learned to write captions: its loss_weights.caption is 0")
+
+    def caption(self, image_BCHW: Tensor, beams: int = 1) -> Tensor:
+        return write(self.writer, self.vocabulary, self.memory(image_BCHW), beams)
+
+    def caption_log_likelihoods(self, image_BCHW: Tensor, tokens_CT: Tensor) -> Tensor:
+        return log_likelihoods(self.writer, self.vocabulary.pad, self.memory(image_BCHW), tokens_CT)
+
+
+class Captioner(WritesCaptions):
     """Reads uint8 `image` [B, 3, H, W], int64 `tokens` [B, T] (BOS … EOS PAD; a row of PAD alone is a sample without
     caption) and int64 `position` [B], which decides every random choice with the seed."""
 
@@ -27,8 +50,6 @@ class Captioner(Objective):
 
     def __init__(self, config: TextDecoderConfig, context: Context):
         super().__init__(config, context)
-        assert context.vocabulary is not None  # its kind of batch has a tokenizer
-        self.vocabulary = context.vocabulary
         self.encoder = Encoder(config)
         self.text_decoder = TextDecoder(config, self.vocabulary)
         self.apply(init_weights)
@@ -71,16 +92,7 @@ class Captioner(Objective):
         loss, accuracy = caption_loss(self.text_decoder, self.task(batch), memory_BMD, batch)
         return {"caption": loss}, {"accuracy/caption": accuracy}
 
-    def check_captions(self) -> None:
-        """Accept: every configuration learns to write captions."""
-
-    def caption(self, image_BCHW: Tensor, beams: int = 1) -> Tensor:
-        return write(self.text_decoder, self.vocabulary, self.encoder(image_BCHW), beams)
-
     def word_attention(self, image_BCHW: Tensor, tokens_BT: Tensor) -> Tensor | None:
         if not self.config.text_cross_layers:
             return None
         return word_attention(self.text_decoder, tokens_BT, self.encoder(image_BCHW))[..., 1:]  # less the class token
-
-    def caption_log_likelihoods(self, image_BCHW: Tensor, tokens_CT: Tensor) -> Tensor:
-        return log_likelihoods(self.text_decoder, self.vocabulary.pad, self.encoder(image_BCHW), tokens_CT)

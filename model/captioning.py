@@ -4,7 +4,6 @@ Dimension letters: B batch, T tokens, R tokens of all captions packed, K of them
 D width.
 """
 
-import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor
 
 from mug.model.keyed_random import WORD_KIND, WORDS, random_bits
-from mug.model.objectives.objective import Batch
+from mug.model.objectives.objective import Batch, with_tensors
 from mug.model.presets import Vocabulary
 from mug.model.text_decoder import TextDecoder, pack, packed_rows
+from mug.model.texts import lengths_of
 
 MASKED_PERCENT = 15  # BERT, arXiv 1810.04805, section 3.1: of these 80% become MASK, 10% a random word
 
@@ -34,11 +34,7 @@ Captioning = Callable[[Tensor, Tensor, Vocabulary, int], CaptionTask]
 def autoregressive(tokens_BT: Tensor, position_B: Tensor, vocabulary: Vocabulary, seed: int) -> CaptionTask:
     """Each token predicts the next one; the last has no target, which keeps T unchanged for the kernels."""
     targets_BT = torch.nn.functional.pad(tokens_BT[:, 1:], (0, 1), value=vocabulary.pad)
-    return CaptionTask(tokens_BT, targets_BT, causal=True, lengths_B=_lengths(tokens_BT, vocabulary))
-
-
-def _lengths(tokens_BT: Tensor, vocabulary: Vocabulary) -> Tensor:
-    return (tokens_BT != vocabulary.pad).sum(1)
+    return CaptionTask(tokens_BT, targets_BT, causal=True, lengths_B=lengths_of(tokens_BT, vocabulary))
 
 
 def words_of(tokens_BT: Tensor, vocabulary: Vocabulary) -> Tensor:
@@ -64,16 +60,15 @@ def masked_language(tokens_BT: Tensor, position_B: Tensor, vocabulary: Vocabular
     inputs_BT = torch.where(chosen_BT & (tenth_BT < 8), vocabulary.mask, tokens_BT)
     inputs_BT = torch.where(chosen_BT & (tenth_BT == 8), random_word_BT, inputs_BT)
     targets_BT = tokens_BT.masked_fill(~chosen_BT, vocabulary.pad)
-    return CaptionTask(inputs_BT, targets_BT, causal=False, lengths_B=_lengths(tokens_BT, vocabulary))
+    return CaptionTask(inputs_BT, targets_BT, causal=False, lengths_B=lengths_of(tokens_BT, vocabulary))
 
 
 def with_rows(batch: Batch, task: CaptionTask, pad: int) -> Batch:
     """Returns the batch with which tokens there are, and which to predict: int64 `packed_rows` [R], places among the
     B·T tokens, and `kept_rows` [K], places among these R. On a GPU the host waits for both."""
     row_R = packed_rows(task.lengths_B, task.inputs.shape[1])
-    prepared = copy.copy(batch)  # which keeps its kind
-    prepared |= {"packed_rows": row_R, "kept_rows": (task.targets.flatten()[row_R] != pad).nonzero().squeeze(1)}
-    return prepared
+    kept_K = (task.targets.flatten()[row_R] != pad).nonzero().squeeze(1)
+    return with_tensors(batch, {"packed_rows": row_R, "kept_rows": kept_K})
 
 
 def caption_loss(decoder: TextDecoder, task: CaptionTask, memory_BLD: Tensor, prepared: Batch) -> tuple[Tensor, Tensor]:

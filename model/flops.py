@@ -14,16 +14,17 @@ TRAINING = 3 * 2  # FLOP of forward and backward, a multiply-add
 
 def encoder(config: EncoderConfig) -> float:
     """Returns the FLOP of the encoder on the patches that it sees in training."""
-    embed = config.visible * config.patch_values * config.width
-    return TRAINING * (embed + config.depth * _block(1 + config.visible, config.width))
+    tokens = 1 + config.visible
+    embed = linear(config.visible, config.patch_values, config.width)
+    return embed + blocks(config.width, config.depth, tokens, tokens**2)
 
 
 def pixel_decoder(config: PixelDecoderConfig) -> float:
     """Returns the FLOP of the pixel decoder, whose head predicts only the masked patches."""
-    embed = (1 + config.visible) * config.width * config.pixel_width
-    predict = (config.patches - config.visible) * config.pixel_width * config.patch_values
-    blocks = config.pixel_depth * _block(1 + config.patches, config.pixel_width)
-    return TRAINING * (embed + predict + blocks)
+    tokens = 1 + config.patches
+    embed = linear(1 + config.visible, config.width, config.pixel_width)
+    predict = linear(config.patches - config.visible, config.pixel_width, config.patch_values)
+    return embed + predict + blocks(config.pixel_width, config.pixel_depth, tokens, tokens**2)
 
 
 def text_decoder(config: TextDecoderConfig, tokens: float, memory: int, causal: bool = True) -> float:
@@ -35,7 +36,7 @@ def text_decoder(config: TextDecoderConfig, tokens: float, memory: int, causal: 
 
 def text_blocks(width: int, depth: int, tokens: float, causal: bool) -> float:
     """Returns the FLOP of blocks that see only text."""
-    return TRAINING * depth * _block(tokens, width, causal)
+    return blocks(width, depth, tokens, tokens**2 * (0.5 if causal else 1))
 
 
 def cross_attention(queries: float, memory: float, width: int, memory_width: int) -> float:
@@ -45,7 +46,8 @@ def cross_attention(queries: float, memory: float, width: int, memory_width: int
 
 
 def blocks(width: int, depth: int, tokens: float, pairs: float) -> float:
-    """Returns the FLOP of blocks in which so many pairs of a query and a key see each other."""
+    """Returns the FLOP of blocks in which so many pairs of a query and a key see each other: of qkv, proj and an MLP of
+    4 x width (12 width²), and of attention's two products."""
     return TRAINING * depth * (12 * width**2 * tokens + 2 * pairs * width)
 
 
@@ -57,8 +59,3 @@ def linear(rows: float, width: int, outputs: int) -> float:
 def mlp(rows: float, widths: Sequence[int]) -> float:
     """Returns the FLOP of linear layers in a row, such as a projection head."""
     return sum(linear(rows, before, after) for before, after in pairwise(widths))
-
-
-def _block(tokens: float, width: int, causal: bool = False) -> float:
-    """Returns the multiply-adds of qkv, proj and an MLP of 4 x width (12 width²), and of attention's two products."""
-    return 12 * width**2 * tokens + 2 * tokens**2 * width * (0.5 if causal else 1)

@@ -76,32 +76,32 @@ class Writer:
         return torch.tensor(ids, device=self.memory_BLD.device)
 
 
+@torch.inference_mode()
 def write(
     decoder: Decoder,
     vocabulary: Vocabulary,
     memory_BLD: Tensor,
-    beams: int,
+    beams: int = 1,
     first: Sequence[int] = (),
     lengths_B: Tensor | None = None,
 ) -> Tensor:
-    """Returns captions: int64 [B, T], BOS … EOS PAD; one beam is greedy. The rest as of `Writer`."""
+    """Returns captions, int64 [B, T], BOS … EOS PAD: by greedy decoding, or by beam search those of the highest mean
+    log-probability a token.
+
+    Args:
+        beams: K, hypotheses for each image; one is greedy. The rest as of `Writer`.
+    """
     if beams == 1:
-        return greedy(decoder, vocabulary, memory_BLD, first, lengths_B)
-    return beam_search(decoder, vocabulary, memory_BLD, beams, first, lengths_B)
+        return greedy(Writer(decoder, vocabulary, memory_BLD, first, lengths_B))
+    per_beam = None if lengths_B is None else lengths_B.repeat_interleave(beams)
+    return beam_search(Writer(decoder, vocabulary, memory_BLD.repeat_interleave(beams, dim=0), first, per_beam), beams)
 
 
-@torch.inference_mode()
-def greedy(
-    decoder: Decoder,
-    vocabulary: Vocabulary,
-    memory_BLD: Tensor,
-    first: Sequence[int] = (),
-    lengths_B: Tensor | None = None,
-) -> Tensor:
-    """Returns captions by greedy decoding: int64 [B, T], BOS … EOS PAD; arguments as of `Writer`."""
-    writer = Writer(decoder, vocabulary, memory_BLD, first, lengths_B)
-    tokens_BT = writer.empty(len(memory_BLD))
-    done_B = torch.zeros(len(memory_BLD), dtype=torch.bool, device=memory_BLD.device)
+def greedy(writer: Writer) -> Tensor:
+    """Returns captions of the tokens that are likeliest one by one."""
+    B, vocabulary = len(writer.memory_BLD), writer.vocabulary
+    tokens_BT = writer.empty(B)
+    done_B = torch.zeros(B, dtype=torch.bool, device=tokens_BT.device)
     for t in range(1, writer.length):
         best_B = writer.logits(tokens_BT, t).argmax(1)
         tokens_BT[:, t] = best_B.masked_fill(done_B, vocabulary.pad)
@@ -111,39 +111,26 @@ def greedy(
     return tokens_BT
 
 
-@torch.inference_mode()
-def beam_search(
-    decoder: Decoder,
-    vocabulary: Vocabulary,
-    memory_BLD: Tensor,
-    beams: int,
-    first: Sequence[int] = (),
-    lengths_B: Tensor | None = None,
-) -> Tensor:
-    """Returns captions of the highest mean log-probability a token, by beam search: int64 [B, T], BOS … EOS PAD.
+def beam_search(writer: Writer, K: int) -> Tensor:
+    """Returns captions of a writer whose memory holds each image K times.
 
     K hypotheses run. Of their continuations, one among the K best that ends is put aside, and the best K of these are
     kept; a sample is done once its best running hypothesis has a lower mean than the K-th put aside. So is the search
     of transformers' `generate` by its defaults (with `renormalize_logits`, and PAD and the first token suppressed).
-
-    Args:
-        beams: K, hypotheses for each image. The rest as of `Writer`.
     """
-    B, K, V = len(memory_BLD), beams, vocabulary.size
-    per_beam = None if lengths_B is None else lengths_B.repeat_interleave(K)
-    writer = Writer(decoder, vocabulary, memory_BLD.repeat_interleave(K, dim=0), first, per_beam)
+    B, V, device = len(writer.memory_BLD) // K, writer.vocabulary.size, writer.memory_BLD.device
     running_BKT, aside_BKT = writer.empty(B, K), writer.empty(B, K)
-    mean_BK = torch.full((B, K), -torch.inf, device=memory_BLD.device)  # of those put aside
+    mean_BK = torch.full((B, K), -torch.inf, device=device)  # of those put aside
     score_BK = mean_BK.clone()
     score_BK[:, 0] = 0.0  # all beams start alike: only the first one counts
     open_B1 = torch.ones_like(score_BK[:, :1], dtype=torch.bool)
-    best_C = torch.arange(2 * K, device=memory_BLD.device) < K
+    best_C = torch.arange(2 * K, device=device) < K
     for t in range(1, writer.length):
         step_BKV = writer.logits(running_BKT.flatten(0, 1), t).log_softmax(1).view(B, K, V)
         score_BC, choice_BC = (score_BK[..., None] + step_BKV).flatten(1).topk(2 * K)
         longer_BCT = _rows(running_BKT, choice_BC // V)
         longer_BCT[..., t] = choice_BC % V
-        ends_BC = (longer_BCT[..., t] == vocabulary.eos) | (t == writer.length - 1)
+        ends_BC = (longer_BCT[..., t] == writer.vocabulary.eos) | (t == writer.length - 1)
         ended_BC = (score_BC / t).masked_fill(~(ends_BC & best_C & open_B1), -torch.inf)
         mean_BK, kept_BK = torch.cat([mean_BK, ended_BC], dim=1).topk(K)
         aside_BKT = _rows(torch.cat([aside_BKT, longer_BCT], dim=1), kept_BK)
@@ -152,7 +139,7 @@ def beam_search(
         open_B1 &= score_BK[:, :1] / t > mean_BK[:, -1:]
         if not open_B1.any():
             break
-        first_row_B1 = K * torch.arange(B, device=memory_BLD.device)[:, None]
+        first_row_B1 = K * torch.arange(B, device=device)[:, None]
         writer.reorder(((choice_BC // V).gather(1, kept_BK) + first_row_B1).flatten())
     return aside_BKT[:, 0]
 

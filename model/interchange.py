@@ -17,13 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mug.model.encoder import Encoder
-from mug.model.multilingual import (
-    NORM_EPS,
-    FusionEncoder,
-    MultilingualConfig,
-    MultilingualDecoder,
-    MultilingualEncoder,
-)
+from mug.model.multilingual import NORM_EPS, FusionEncoder, MultilingualConfig, MultilingualDecoder, MultilingualEncoder
 from mug.model.pixel_decoder import PixelDecoder
 from mug.model.presets import ModelConfigError, Vocabulary
 
@@ -169,33 +163,16 @@ def load_encoder(encoder: Encoder, state: State) -> None:
     encoder.positions_ND.copy_(positions_1ND[0, 1:])
 
 
-def load_mae(model: MaskedAutoencoder, state: State) -> None:
-    """Load encoder and pixel decoder from MAE's layout or transformers' ViTMAE; the text decoder stays as it is.
-
-    Raises:
-        ModelConfigError: weights of another size, or without a decoder of MAE's kind; the first one is named.
-    """
-    given = as_mae(state)
-    decoder = {name: value for name, value in given.items() if name.startswith(("decoder_", "mask_token"))}
-    wanted = {name: value for name, value in to_mae(model).items() if name.startswith(("decoder_", "mask_token"))}
-    _check(model.pixel_decoder, decoder, wanted)
-    positions_1ND = decoder.pop("decoder_pos_embed")
-    if positions_1ND[:, 0].any():
-        raise ModelConfigError("decoder_pos_embed moves the class token, for which MAE's decoder and ours have zeros")
-    load_encoder(model.encoder, given)
-    ours = {_decoder_name(name): name for name in model.pixel_decoder.state_dict()}
-    model.pixel_decoder.load_state_dict({ours[name]: value for name, value in decoder.items()})
-    model.pixel_decoder.positions_ND.copy_(positions_1ND[0, 1:])
-
-
 class Multilingual(Protocol):
     """An objective whose parts are those of mBART or XLM-R, UniX² for example."""
 
     config: MultilingualConfig
-    vocabulary: Vocabulary
     text_encoder: MultilingualEncoder
     fusion_encoder: FusionEncoder
     decoder: MultilingualDecoder
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
 
 
 def load_language_model(model: Multilingual, state: State, settings: Mapping[str, Any]) -> None:

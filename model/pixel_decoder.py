@@ -3,6 +3,8 @@
 Dimension letters: B batch, N patches, K visible, M masked, P values of a patch, D width.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -47,12 +49,20 @@ class PixelDecoder(nn.Module):
 
     def loss(self, image_BCHW: Tensor, encoded_BLD: Tensor, visible_BK: Tensor, masked_BM: Tensor) -> Tensor:
         """Returns the mean squared error of the masked patches of uint8 images [B, 3, H, W] (section 3)."""
-        return masked_patch_loss(
-            image_BCHW,
-            self(encoded_BLD, visible_BK, masked_BM),
-            masked_BM,
-            patch_size=self.config.patch_size,
-            mean=PIXEL_MEAN,
-            std=PIXEL_STD,
-            normalize_patches=self.config.normalize_patches,
-        )
+        return patch_loss(self.config, image_BCHW, self(encoded_BLD, visible_BK, masked_BM), masked_BM)
+
+
+def patch_loss(
+    config: Any, image_BCHW: Tensor, prediction_BMP: Tensor, index_BM: Tensor, counts_B: Tensor | None = None
+) -> Tensor:
+    """Returns `masked_patch_loss` of predictions of ImageNet-normalised pixels, as `config` wants them."""
+    return masked_patch_loss(
+        image_BCHW,
+        prediction_BMP,
+        index_BM,
+        patch_size=config.patch_size,
+        mean=PIXEL_MEAN,
+        std=PIXEL_STD,
+        normalize_patches=config.normalize_patches,
+        counts_B=counts_B,
+    )

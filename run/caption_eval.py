@@ -12,9 +12,7 @@ over. CIDEr and METEOR need the package pycocoevalcap, METEOR also Java.
 from collections.abc import Sequence
 
 from mug.run.common.console import Console, run_command
-from mug.run.evaluate import Options, build_parser, evaluate, parse_options
-
-SECTIONS = {"captions": ""}
+from mug.run.evaluate import Options, evaluate, parse_one
 
 
 def main(console: Console) -> None:
@@ -22,12 +20,7 @@ def main(console: Console) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
-    """Parse the command line.
-
-    Raises:
-        RunError: an unknown flag, or a value out of range.
-    """
-    return parse_options(build_parser("caption_eval.py", __doc__.splitlines()[0], SECTIONS), arguments, SECTIONS)
+    return parse_one("caption_eval.py", "captions", __doc__, arguments)
 
 
 if __name__ == "__main__":

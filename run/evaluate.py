@@ -127,6 +127,16 @@ def parse_options(parser: Parser, arguments: Sequence[str] | None, sections: dic
     return Options(Path(parsed.checkpoint), evals, file, parsed.batch, parsed.workers, parsed.cache)
 
 
+def parse_one(prog: str, name: str, description: str, arguments: Sequence[str] | None) -> Options:
+    """Parse the command line of a command that is short for one evaluation: its options have no name before them.
+
+    Raises:
+        RunError: an unknown flag, or a value out of range.
+    """
+    sections = {name: ""}
+    return parse_options(build_parser(prog, description.splitlines()[0], sections), arguments, sections)
+
+
 def evaluate(console: Console, options: Options) -> None:
     """Run the evaluations on all ranks; show and save their results."""
     with process_group():

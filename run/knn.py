@@ -15,9 +15,7 @@ in three equal channels. What --data may be: data/labelled_sources.py.
 from collections.abc import Sequence
 
 from mug.run.common.console import Console, run_command
-from mug.run.evaluate import Options, build_parser, evaluate, parse_options
-
-SECTIONS = {"knn": ""}
+from mug.run.evaluate import Options, evaluate, parse_one
 
 
 def main(console: Console) -> None:
@@ -25,12 +23,7 @@ def main(console: Console) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
-    """Parse the command line.
-
-    Raises:
-        RunError: an unknown flag, or a value out of range.
-    """
-    return parse_options(build_parser("knn.py", __doc__.splitlines()[0], SECTIONS), arguments, SECTIONS)
+    return parse_one("knn.py", "knn", __doc__, arguments)
 
 
 if __name__ == "__main__":

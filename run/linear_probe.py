@@ -14,9 +14,7 @@ run/knn.py.
 from collections.abc import Sequence
 
 from mug.run.common.console import Console, run_command
-from mug.run.evaluate import Options, build_parser, evaluate, parse_options
-
-SECTIONS = {"linear_probe": ""}
+from mug.run.evaluate import Options, evaluate, parse_one
 
 
 def main(console: Console) -> None:
@@ -24,12 +22,7 @@ def main(console: Console) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
-    """Parse the command line.
-
-    Raises:
-        RunError: an unknown flag, or a value out of range.
-    """
-    return parse_options(build_parser("linear_probe.py", __doc__.splitlines()[0], SECTIONS), arguments, SECTIONS)
+    return parse_one("linear_probe.py", "linear_probe", __doc__, arguments)
 
 
 if __name__ == "__main__":

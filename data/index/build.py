@@ -12,7 +12,6 @@ import logging
 import multiprocessing
 import os
 import re
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -30,6 +29,7 @@ from mug.data.index.rows import Scan, digest
 from mug.data.index.tar import BLOCK
 from mug.data.index.tar_samples import LOCAL_WINDOW, REMOTE_WINDOW, scan_tar
 from mug.data.left_out import LeftOut
+from mug.data.parent import end_with_parent
 from mug.data.store.disk_cache import Descriptor
 from mug.data.store.expand import FileVersion, Source, expand, file_name, read_beside, stamp
 from mug.data.store.identity import seal
@@ -214,7 +214,7 @@ def _scan_all(urls: list[str], out: Path, workers: int, caption: str | None) -> 
             yield i, index_shard(url, out, i, caption)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the threads of a training process
-    with ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=end_with_parent) as pool:
         places: dict[Future, int] = {pool.submit(index_shard, url, out, i, caption): i for i, url in enumerate(urls)}
         try:
             for future in as_completed(places):
@@ -223,19 +223,6 @@ def _scan_all(urls: list[str], out: Path, workers: int, caption: str | None) -> 
             raise DataError("a process that scans was killed: rerun with fewer workers, or more memory") from error
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent ends, even if that is killed: nobody waits for its results."""
-
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait():
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def index_shard(url: str, out: Path, place: int, caption: str | None) -> Shard:

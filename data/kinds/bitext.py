@@ -13,9 +13,8 @@ from mug.data.index.rows import PARTS
 from mug.data.kinds.samples import Shape
 from mug.data.kinds.text import open_languages
 from mug.data.reader import Parts
-from mug.data.row_samples import Place, RowSamples, Shards, report_added, text_length_of
+from mug.data.row_samples import Place, RowSamples, open_rows
 from mug.data.tokenizer import Tokenizer
-from mug.data.views import View
 
 Config = TextConfig
 
@@ -73,9 +72,7 @@ def open_train(config: TextConfig, seed: int, shape: Shape) -> Bitext:
         DataError: shards or tokenizer are missing or damaged, or fewer than two languages are given.
     """
     sources, tokenizer = open_translations(config)
-    report_added(tokenizer)
-    shards = Shards.open(sources.train, config, images_needed=False)
-    return _bitext(config, shape, shards, tokenizer, shards.train_view(config, seed, (1.0, 1.0), False))
+    return open_rows(Bitext, sources.train, config, shape, tokenizer, seed)
 
 
 def open_held_out(config: TextConfig, shape: Shape) -> Bitext | None:
@@ -87,12 +84,7 @@ def open_held_out(config: TextConfig, shape: Shape) -> Bitext | None:
     sources, tokenizer = open_translations(config)
     if sources.held_out is None:
         return None
-    shards = Shards.open(sources.held_out, config, images_needed=False)
-    return _bitext(config, shape, shards, tokenizer, shards.evaluation_view())
-
-
-def _bitext(config: TextConfig, shape: Shape, shards: Shards, tokenizer: Tokenizer, view: View) -> Bitext:
-    return Bitext(shards, view, tokenizer, text_length_of(config, shape), config.languages())
+    return open_rows(Bitext, sources.held_out, config, shape, tokenizer)
 
 
 def open_translations(config: TextConfig) -> tuple[Sources, Tokenizer]:

@@ -11,9 +11,7 @@ from mug.data.kinds.bitext import open_translations, translation
 from mug.data.kinds.pairs import ImageSamples
 from mug.data.kinds.samples import Shape
 from mug.data.reader import Parts
-from mug.data.row_samples import Place, Shards, report_added, text_length_of
-from mug.data.tokenizer import Tokenizer
-from mug.data.views import View
+from mug.data.row_samples import Place, open_rows
 
 
 @dataclass
@@ -45,10 +43,7 @@ def open_train(config: DataConfig, seed: int, shape: Shape) -> ImageBitext:
         DataError: shards or tokenizer are missing or damaged, or fewer than two languages are given.
     """
     sources, tokenizer = open_translations(config)
-    report_added(tokenizer)
-    shards = Shards.open(sources.train, config)
-    view = shards.train_view(config, seed, tuple(config.crop_scale), config.flip)
-    return _image_bitext(config, shape, shards, tokenizer, view)
+    return open_rows(ImageBitext, sources.train, config, shape, tokenizer, seed)
 
 
 def open_held_out(config: DataConfig, shape: Shape) -> ImageBitext | None:
@@ -60,11 +55,4 @@ def open_held_out(config: DataConfig, shape: Shape) -> ImageBitext | None:
     sources, tokenizer = open_translations(config)
     if sources.held_out is None:
         return None
-    shards = Shards.open(sources.held_out, config)
-    return _image_bitext(config, shape, shards, tokenizer, shards.evaluation_view())
-
-
-def _image_bitext(config: DataConfig, shape: Shape, shards: Shards, tokenizer: Tokenizer, view: View) -> ImageBitext:
-    length = text_length_of(config, shape)
-    images = shape.image_size, config.decode, shape.views
-    return ImageBitext(shards, view, tokenizer, length, config.languages(), *images)
+    return open_rows(ImageBitext, sources.held_out, config, shape, tokenizer)

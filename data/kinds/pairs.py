@@ -2,19 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from mug.data.builders.embedded import Sources, sources_of
+from mug.data.builders.embedded import sources_of
 from mug.data.config import DataConfig
 from mug.data.crops import Crop, ViewConfig, random_crop
 from mug.data.decode import Mode, decode_crops
 from mug.data.kinds.samples import Shape
 from mug.data.languages import check_languages
 from mug.data.reader import Parts
-from mug.data.row_samples import Place, RowSamples, Shards, load_tokenizer, report_added, text_length_of
-from mug.data.views import View
+from mug.data.row_samples import Place, RowSamples, load_tokenizer, open_rows
 
 Config = DataConfig
 
@@ -30,6 +29,10 @@ class ImageSamples(RowSamples):
     image_size: int
     decode: Mode
     views: tuple[ViewConfig, ...]
+
+    @classmethod
+    def further(cls, config: Any, shape: Shape) -> tuple:
+        return shape.image_size, config.decode, shape.views
 
     def pixels(self, place: Place, image: bytes) -> dict[str, np.ndarray]:
         """Returns `image` uint8 [3, S, S], or with V views `views` uint8 [V, 3, S, S].
@@ -60,6 +63,10 @@ class Pairs(ImageSamples):
     rotate: bool
 
     kind: ClassVar[str] = "pairs"
+
+    @classmethod
+    def further(cls, config: Any, shape: Shape) -> tuple:
+        return *super().further(config, shape), config.rotate
 
     def sample(self, place: Place, parts: Parts) -> Mapping[str, np.ndarray]:
         """Returns the image and the caption of a pair."""
@@ -95,12 +102,7 @@ def open_train(config: DataConfig, seed: int, shape: Shape) -> Pairs:
         DataError: shards or tokenizer are missing or damaged, or no pair has a caption in a language that is wanted.
     """
     sources = sources_of(config)
-    shards = Shards.open(sources.train, config)
-    view = shards.train_view(config, seed, tuple(config.crop_scale), config.flip)
-    pairs = _pairs(config, shards, sources, shape, view)
-    if pairs.tokenizer:
-        report_added(pairs.tokenizer)
-    return pairs
+    return _open(config, shape, sources.train, sources.tokenizer, seed)
 
 
 def open_held_out(config: DataConfig, shape: Shape) -> Pairs | None:
@@ -112,15 +114,12 @@ def open_held_out(config: DataConfig, shape: Shape) -> Pairs | None:
     sources = sources_of(config)
     if sources.held_out is None:
         return None
-    shards = Shards.open(sources.held_out, config)
-    return _pairs(config, shards, sources, shape, shards.evaluation_view())
+    return _open(config, shape, sources.held_out, sources.tokenizer)
 
 
-def _pairs(config: DataConfig, shards: Shards, sources: Sources, shape: Shape, view: View) -> Pairs:
-    images = shape.image_size, config.decode, shape.views
-    if shape.text_length is None:
-        return Pairs(shards, view, None, 0, (), *images, config.rotate)
-    tokenizer = load_tokenizer(sources.tokenizer, config)
-    check_languages(shards.reader, config.languages())
-    length = text_length_of(config, shape)
-    return Pairs(shards, view, tokenizer, length, config.languages(), *images, config.rotate)
+def _open(config: DataConfig, shape: Shape, patterns: str, tokenizer: str | None, seed: int | None = None) -> Pairs:
+    loaded = None if shape.text_length is None else load_tokenizer(tokenizer, config)
+    pairs = open_rows(Pairs, patterns, config, shape, loaded, seed)
+    if loaded:
+        check_languages(pairs.reader, config.languages())
+    return pairs

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -15,8 +15,7 @@ from mug.data.errors import BadSample, DataError
 from mug.data.kinds.pairs import ImageSamples
 from mug.data.kinds.samples import Shape
 from mug.data.reader import Parts
-from mug.data.row_samples import Place, Shards, load_tokenizer, report_added, text_length_of
-from mug.data.views import View
+from mug.data.row_samples import Place, load_tokenizer, open_rows
 
 NO_LABEL = -1
 
@@ -62,6 +61,11 @@ class Questions(ImageSamples):
     labels: tuple[str, ...]
 
     kind: ClassVar[str] = "questions"
+
+    @classmethod
+    def further(cls, config: Any, shape: Shape) -> tuple:
+        shape.check_one_view("questions")
+        return *super().further(config, shape), read_labels(config.labels)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -130,13 +134,7 @@ def open_train(config: QuestionsConfig, seed: int, shape: Shape) -> Questions:
     """
     if config.shards is None:
         raise DataError("data.shards is missing: give questions about images (docs/transfer.md)")
-    shards = Shards.open(config.shards, config)
-    questions = _questions(
-        config, shape, shards, shards.train_view(config, seed, tuple(config.crop_scale), config.flip)
-    )
-    assert questions.tokenizer is not None
-    report_added(questions.tokenizer)
-    return questions
+    return open_rows(Questions, config.shards, config, shape, load_tokenizer(config.tokenizer, config), seed)
 
 
 def open_held_out(config: QuestionsConfig, shape: Shape) -> Questions | None:
@@ -147,12 +145,4 @@ def open_held_out(config: QuestionsConfig, shape: Shape) -> Questions | None:
     """
     if config.held_out is None:
         return None
-    shards = Shards.open(config.held_out, config)
-    return _questions(config, shape, shards, shards.evaluation_view())
-
-
-def _questions(config: QuestionsConfig, shape: Shape, shards: Shards, view: View) -> Questions:
-    shape.check_one_view("questions")
-    tokenizer, length = load_tokenizer(config.tokenizer, config), text_length_of(config, shape)
-    images = shape.image_size, config.decode, ()
-    return Questions(shards, view, tokenizer, length, config.languages(), *images, read_labels(config.labels))
+    return open_rows(Questions, config.held_out, config, shape, load_tokenizer(config.tokenizer, config))

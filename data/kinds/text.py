@@ -12,9 +12,8 @@ from mug.data.errors import DataError
 from mug.data.index.rows import PARTS
 from mug.data.kinds.samples import Shape
 from mug.data.reader import Parts
-from mug.data.row_samples import Place, RowSamples, Shards, load_tokenizer, report_added, text_length_of
+from mug.data.row_samples import Place, RowSamples, load_tokenizer, open_rows
 from mug.data.tokenizer import Tokenizer
-from mug.data.views import View
 
 Config = TextConfig
 
@@ -43,9 +42,7 @@ def open_train(config: TextConfig, seed: int, shape: Shape) -> Texts:
         DataError: shards or tokenizer are missing or damaged, or the tokenizer has no language tokens.
     """
     sources, tokenizer = open_languages(config)
-    report_added(tokenizer)
-    shards = Shards.open(sources.train, config, images_needed=False)
-    return _texts(config, shape, shards, tokenizer, shards.train_view(config, seed, (1.0, 1.0), False))
+    return open_rows(Texts, sources.train, config, shape, tokenizer, seed)
 
 
 def open_held_out(config: TextConfig, shape: Shape) -> Texts | None:
@@ -57,12 +54,7 @@ def open_held_out(config: TextConfig, shape: Shape) -> Texts | None:
     sources, tokenizer = open_languages(config)
     if sources.held_out is None:
         return None
-    shards = Shards.open(sources.held_out, config, images_needed=False)
-    return _texts(config, shape, shards, tokenizer, shards.evaluation_view())
-
-
-def _texts(config: TextConfig, shape: Shape, shards: Shards, tokenizer: Tokenizer, view: View) -> Texts:
-    return Texts(shards, view, tokenizer, text_length_of(config, shape), config.languages())
+    return open_rows(Texts, sources.held_out, config, shape, tokenizer)
 
 
 def open_languages(config: TextConfig) -> tuple[Sources, Tokenizer]:

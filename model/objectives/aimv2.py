@@ -11,14 +11,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mug.kernels.masked_patch_loss import masked_patch_loss
 from mug.model import flops
+from mug.model.captioner import WritesCaptions
 from mug.model.captioning import CaptionTask, autoregressive, with_rows
-from mug.model.encoder import PIXEL_MEAN, PIXEL_STD, Encoder
-from mug.model.generate import write
+from mug.model.encoder import Encoder
+from mug.model.generate import Decoder
 from mug.model.keyed_random import PREFIX, random_bits
-from mug.model.likelihood import log_likelihoods
-from mug.model.objectives.objective import Batch, Context, Losses, Metrics, Objective, ObjectiveError
+from mug.model.objectives.objective import Batch, Context, Losses, Metrics
+from mug.model.pixel_decoder import patch_loss
 from mug.model.presets import FROM_PRESET, ModelConfigError, TextConfig, Vocabulary, at_least
 from mug.model.text_decoder import Cache, CaptionHead, Packing, TextBlock, pack
 from mug.model.vit import Block, LayerNorm, init_weights
@@ -91,7 +91,7 @@ class MultimodalDecoder(nn.Module):
         return self.norm(x)
 
 
-class AIMv2(Objective):
+class AIMv2(WritesCaptions):
     """Reads uint8 `image` [B, 3, H, W], int64 `tokens` [B, T] (BOS … EOS PAD; a row of PAD alone is a sample without
     caption) and int64 `position` [B], which decides with the seed how long the prefix is.
 
@@ -104,8 +104,6 @@ class AIMv2(Objective):
 
     def __init__(self, config: AIMv2Config, context: Context):
         super().__init__(config, context)
-        assert context.vocabulary is not None  # its kind of batch has a tokenizer
-        self.vocabulary = context.vocabulary
         self.encoder = Encoder(config)
         self.decoder = MultimodalDecoder(config, self.vocabulary, self.active)
         self.apply(init_weights)
@@ -176,23 +174,9 @@ class AIMv2(Objective):
         config = self.config
         number_M = torch.arange(config.patches - 1, device=prefix_B.device)
         next_BM = (prefix_B[:, None] + number_M).clamp(max=config.patches - 1)  # from counts_B on, any
-        return masked_patch_loss(
-            image_BCHW,
-            self.decoder.pred(hidden_RD[start_B[:, None] + next_BM]),
-            next_BM,
-            patch_size=config.patch_size,
-            mean=PIXEL_MEAN,
-            std=PIXEL_STD,
-            normalize_patches=config.normalize_patches,
-            counts_B=config.patches - prefix_B,
-        )
+        prediction_BMP = self.decoder.pred(hidden_RD[start_B[:, None] + next_BM])
+        return patch_loss(config, image_BCHW, prediction_BMP, next_BM, config.patches - prefix_B)
 
-    def check_captions(self) -> None:
-        if "caption" not in self.active:
-            raise ObjectiveError("the model never learned to write captions: its loss_weights.caption is 0")
-
-    def caption(self, image_BCHW: Tensor, beams: int = 1) -> Tensor:
-        return write(self.decoder, self.vocabulary, self.encoder(image_BCHW), beams)
-
-    def caption_log_likelihoods(self, image_BCHW: Tensor, tokens_CT: Tensor) -> Tensor:
-        return log_likelihoods(self.decoder, self.vocabulary.pad, self.encoder(image_BCHW), tokens_CT)
+    @property
+    def writer(self) -> Decoder:
+        return self.decoder

@@ -6,7 +6,6 @@ silent: the MLP is UNITER's (arXiv 1909.11740; width D, 2D, K, with GELU and a n
 Dimension letters: B images, S texts, T tokens, F states of all fused sequences packed, K answers.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,7 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from mug.model import flops
 from mug.model.encoder import Encoder
 from mug.model.multilingual import FusionConfig, FusionEncoder, LayerNorm, MultilingualEncoder, fused_rows
-from mug.model.objectives.objective import Batch, Context, Losses, Metrics, Objective
+from mug.model.objectives.objective import Batch, Context, Losses, Metrics, Objective, with_tensors
 from mug.model.text_decoder import CaptionHead, TextBlock, pack, packed_rows
 from mug.model.texts import lengths_of
 from mug.model.vit import Block, init_weights
@@ -45,8 +44,6 @@ class Answer(Objective):
 
     def __init__(self, config: AnswerConfig, context: Context):
         super().__init__(config, context)
-        assert context.vocabulary is not None  # its kind of batch has a tokenizer
-        self.vocabulary = context.vocabulary
         width, answers = config.text_width, len(context.class_names)
         self.encoder = Encoder(config)
         self.encoder.learn_positions()
@@ -62,9 +59,7 @@ class Answer(Objective):
         sequences, so that nothing waits for a GPU; a batch that has them stays as it is."""
         if "fused_rows" in batch:
             return batch
-        prepared = copy.copy(batch)  # which keeps its kind
-        prepared |= self._rows(batch["tokens"], len(batch["tokens"]))
-        return prepared
+        return with_tensors(batch, self._rows(batch["tokens"], len(batch["tokens"])))
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Questions whose answer is among the K."""

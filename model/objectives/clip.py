@@ -3,7 +3,6 @@
 Dimension letters: B batch, T tokens, D width, E size of the embedding.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +12,7 @@ from torch.nn.functional import normalize
 from mug.model import flops
 from mug.model.contrastive import LogitScale, pair_loss
 from mug.model.encoder import Encoder
-from mug.model.objectives.objective import Batch, Context, CoupledObjective, Losses, Metrics
+from mug.model.objectives.objective import Batch, Context, CoupledObjective, Losses, Metrics, with_tensors
 from mug.model.presets import FROM_PRESET, at_least
 from mug.model.text import TextEncoder, TextEncoderConfig
 from mug.model.text_decoder import TextBlock
@@ -45,10 +44,8 @@ class CLIP(CoupledObjective):
 
     def __init__(self, config: CLIPConfig, context: Context):
         super().__init__(config, context)
-        assert context.vocabulary is not None  # its kind of batch has a tokenizer
-        self.pad = context.vocabulary.pad
         self.encoder = Encoder(config)
-        self.text_encoder = TextEncoder(config, context.vocabulary)
+        self.text_encoder = TextEncoder(config, self.vocabulary)
         self.image_projection = nn.Linear(config.width, config.embedding_width, bias=False)
         self.text_projection = nn.Linear(config.text_width, config.embedding_width, bias=False)
         self.scale = LogitScale()
@@ -58,9 +55,7 @@ class CLIP(CoupledObjective):
         """Adds int64 `packed_rows` [R], which tokens there are; a batch that has them stays as it is."""
         if "packed_rows" in batch:
             return batch
-        prepared = copy.copy(batch)  # which keeps its kind
-        prepared["packed_rows"] = self.text_encoder.rows(batch["tokens"])
-        return prepared
+        return with_tensors(batch, {"packed_rows": self.text_encoder.rows(batch["tokens"])})
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Returns the number of samples with a caption."""
@@ -98,4 +93,4 @@ class CLIP(CoupledObjective):
 
     def _captioned(self, tokens_BT: Tensor) -> Tensor:
         """bool [B]."""
-        return tokens_BT[:, 0] != self.pad
+        return tokens_BT[:, 0] != self.vocabulary.pad

@@ -4,7 +4,6 @@ Dimension letters: B batch, T tokens, L encoded image tokens, Q queries, R token
 E size of the embedding.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,13 +12,13 @@ from torch.nn.functional import normalize
 
 from mug.model import flops
 from mug.model.attention_pooler import AttentionPooler
+from mug.model.captioner import WritesCaptions
 from mug.model.contrastive import LogitScale, pair_loss
 from mug.model.encoder import Encoder
-from mug.model.generate import write
-from mug.model.likelihood import log_likelihoods
-from mug.model.objectives.objective import Batch, Context, CoupledObjective, Losses, Metrics, ObjectiveError
+from mug.model.objectives.objective import Batch, Context, CoupledObjective, Losses, Metrics, with_tensors
 from mug.model.presets import FROM_PRESET, TextDecoderConfig, at_least
 from mug.model.text_decoder import Packing, TextBlock, pack, packed_rows
+from mug.model.texts import lengths_of
 from mug.model.two_stage_decoder import TwoStageDecoder
 from mug.model.vit import Block, init_weights
 
@@ -41,7 +40,7 @@ class CoCaConfig(TextDecoderConfig):
         at_least(self, 1, "embedding_width", "image_queries", "text_unimodal_layers", "text_cross_layers")
 
 
-class CoCa(CoupledObjective):
+class CoCa(WritesCaptions, CoupledObjective):
     """Reads uint8 `image` [B, 3, H, W] and int64 `tokens` [B, T], BOS … EOS PAD; a row of PAD alone is a sample without
     caption: neither query nor key, and nothing to write.
 
@@ -55,8 +54,6 @@ class CoCa(CoupledObjective):
 
     def __init__(self, config: CoCaConfig, context: Context):
         super().__init__(config, context)
-        assert context.vocabulary is not None  # its kind of batch has a tokenizer
-        self.vocabulary = context.vocabulary
         self.encoder = Encoder(config)
         self.caption_pooler = AttentionPooler(config.image_queries, config.width, config.heads)
         self.embedding_pooler = AttentionPooler(1, config.width, config.heads)
@@ -71,11 +68,9 @@ class CoCa(CoupledObjective):
         and `kept_rows` [K], places among these R. A batch that has them stays as it is."""
         if "kept_rows" in batch:
             return batch
-        row_R = packed_rows(self._lengths(batch["tokens"]), batch["tokens"].shape[1])
+        row_R = packed_rows(lengths_of(batch["tokens"], self.vocabulary), batch["tokens"].shape[1])
         kept_K = (self._targets(batch["tokens"])[row_R] != self.vocabulary.pad).nonzero().squeeze(1)
-        prepared = copy.copy(batch)  # which keeps its kind
-        prepared |= {"packed_rows": row_R, "kept_rows": kept_K}
-        return prepared
+        return with_tensors(batch, {"packed_rows": row_R, "kept_rows": kept_K})
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Returns the numbers of samples with a caption, and of tokens to predict."""
@@ -102,7 +97,7 @@ class CoCa(CoupledObjective):
 
     def features(self, batch: Batch) -> tuple[dict[str, Tensor], Any]:
         batch = self.prepare(batch)
-        memory_BQD = self.caption_pooler(self.encoder(batch["image"]))
+        memory_BQD = self.memory(batch["image"])
         packing = self._packing(batch["tokens"], batch["packed_rows"])
         x_RD, cls_BD = self.text_decoder.unimodal(batch["tokens"], packing)
         rest = x_RD, memory_BQD, packing
@@ -124,22 +119,15 @@ class CoCa(CoupledObjective):
         loss, accuracy = self.text_decoder.head(hidden_RD, target_R, batch["kept_rows"])
         return {"caption": loss}, {"accuracy/caption": accuracy}
 
+    def memory(self, image_BCHW: Tensor) -> Tensor:
+        """Returns [B, Q, D]."""
+        return self.caption_pooler(self.encoder(image_BCHW))
+
     def embed_image(self, image_BCHW: Tensor) -> Tensor:
-        return self._embed_memory(self.caption_pooler(self.encoder(image_BCHW)))
+        return self._embed_memory(self.memory(image_BCHW))
 
     def embed_text(self, tokens_BT: Tensor) -> Tensor:
         return self._embed_cls(self.text_decoder.unimodal(tokens_BT, self._packing(tokens_BT, None))[1])
-
-    def check_captions(self) -> None:
-        if "caption" not in self.active:
-            raise ObjectiveError("the model never learned to write captions: its loss_weights.caption is 0")
-
-    def caption(self, image_BCHW: Tensor, beams: int = 1) -> Tensor:
-        return write(self.text_decoder, self.vocabulary, self.caption_pooler(self.encoder(image_BCHW)), beams)
-
-    def caption_log_likelihoods(self, image_BCHW: Tensor, tokens_CT: Tensor) -> Tensor:
-        memory_BQD = self.caption_pooler(self.encoder(image_BCHW))
-        return log_likelihoods(self.text_decoder, self.vocabulary.pad, memory_BQD, tokens_CT)
 
     def _embed_memory(self, memory_BQD: Tensor) -> Tensor:
         return normalize(self.image_projection(self.embedding_pooler(memory_BQD)[:, 0]).float(), dim=-1)
@@ -148,10 +136,7 @@ class CoCa(CoupledObjective):
         return normalize(self.text_projection(cls_BD).float(), dim=-1)
 
     def _packing(self, tokens_BT: Tensor, row_R: Tensor | None) -> Packing:
-        return pack(self._lengths(tokens_BT), tokens_BT.shape[1], self.config.image_queries, row_R)
-
-    def _lengths(self, tokens_BT: Tensor) -> Tensor:
-        return (tokens_BT != self.vocabulary.pad).sum(1)
+        return pack(lengths_of(tokens_BT, self.vocabulary), tokens_BT.shape[1], self.config.image_queries, row_R)
 
     def _targets(self, tokens_BT: Tensor) -> Tensor:
         """Returns int64 [B·T], of each token the next one, or PAD."""

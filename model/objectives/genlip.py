@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from mug.model import flops
+from mug.model.captioner import WritesCaptions
 from mug.model.captioning import CaptionTask, autoregressive, with_rows
 from mug.model.encoder import Encoder
-from mug.model.generate import write
-from mug.model.likelihood import log_likelihoods
-from mug.model.objectives.objective import Batch, Context, Losses, Metrics, Objective
+from mug.model.generate import Decoder
+from mug.model.objectives.objective import Batch, Context, Losses, Metrics
 from mug.model.presets import FROM_PRESET, EncoderConfig, Vocabulary, at_least
 from mug.model.text_decoder import Cache, CaptionHead
 from mug.model.vit import Block, init_weights
@@ -47,7 +47,7 @@ class TokenEmbed(nn.Module):
         return self.embed(tokens_BT) + self.position_embed[: tokens_BT.shape[1]]
 
 
-class GenLIP(Objective):
+class GenLIP(WritesCaptions):
     """Reads uint8 `image` [B, 3, H, W], int64 `tokens` [B, T] (BOS … EOS PAD; a row of PAD alone is a sample without
     caption) and int64 `position` [B].
 
@@ -60,8 +60,6 @@ class GenLIP(Objective):
 
     def __init__(self, config: GenLIPConfig, context: Context):
         super().__init__(config, context)
-        assert context.vocabulary is not None  # its kind of batch has a tokenizer
-        self.vocabulary = context.vocabulary
         self.encoder = Encoder(config)
         self.token_embed = TokenEmbed(config, self.vocabulary)
         self.head = CaptionHead(config.width, self.vocabulary)
@@ -100,15 +98,13 @@ class GenLIP(Objective):
         prefix_B = torch.full((len(image_BCHW),), L, device=image_BCHW.device)
         return self.encoder(image_BCHW, words_BTD=self.token_embed(tokens_BT), keys_B=prefix_B, causal=True)[:, L:]
 
-    def check_captions(self) -> None:
-        """Accept: every configuration learns to write captions."""
-
-    def caption(self, image_BCHW: Tensor, beams: int = 1) -> Tensor:
+    @property
+    def writer(self) -> Decoder:
         """Each token costs a forward pass of image and caption: the encoder keeps no keys and values."""
-        return write(_Writer(self), self.vocabulary, image_BCHW, beams)
+        return _Writer(self)
 
-    def caption_log_likelihoods(self, image_BCHW: Tensor, tokens_CT: Tensor) -> Tensor:
-        return log_likelihoods(_Writer(self), self.vocabulary.pad, image_BCHW, tokens_CT)
+    def memory(self, image_BCHW: Tensor) -> Tensor:
+        return image_BCHW
 
 
 class _Writer:

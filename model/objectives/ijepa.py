@@ -20,14 +20,7 @@ from mug.model.keyed_random import BLOCKS, CONTEXT, random_bits
 from mug.model.momentum import teacher_of
 from mug.model.objectives.objective import Batch, Context, Losses, Metrics, Objective
 from mug.model.positions import sincos_2d
-from mug.model.presets import (
-    FROM_PRESET,
-    EncoderConfig,
-    ModelConfigError,
-    at_least,
-    between_0_and_1,
-    check_sincos,
-)
+from mug.model.presets import FROM_PRESET, EncoderConfig, ModelConfigError, at_least, between_0_and_1, check_sincos
 from mug.model.vit import Block, LayerNorm, init_weights
 
 # Section 3: the blocks to predict, their share of the image and their height over width, and the context's share.

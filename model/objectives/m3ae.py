@@ -5,20 +5,19 @@ Dimension letters: B batch, N patches, K visible, M masked, P values of a patch,
 L = 1 + K + W, D width, T tokens.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mug.kernels.masked_patch_loss import masked_patch_loss
 from mug.model import flops
 from mug.model.captioning import words_of
-from mug.model.encoder import PIXEL_MEAN, PIXEL_STD, Encoder
+from mug.model.encoder import Encoder
 from mug.model.generate import paint
 from mug.model.keyed_random import WORDS, random_bits, random_masking
-from mug.model.objectives.objective import Batch, Context, Losses, Metrics, Objective
+from mug.model.objectives.objective import Batch, Context, Losses, Metrics, Objective, with_tensors
+from mug.model.pixel_decoder import patch_loss
 from mug.model.positions import sincos_1d, sincos_2d
 from mug.model.presets import FROM_PRESET, PixelDecoderConfig, Vocabulary, at_least, between_0_and_1
 from mug.model.text_decoder import CaptionHead
@@ -152,8 +151,6 @@ class M3AE(Objective):
 
     def __init__(self, config: M3AEConfig, context: Context):
         super().__init__(config, context)
-        assert context.vocabulary is not None  # its kind of batch has a tokenizer
-        self.vocabulary = context.vocabulary
         self.encoder = Encoder(config)
         self.word_embed = WordEmbed(config, self.vocabulary)
         self.decoder = JointDecoder(config, self.vocabulary, self.active)
@@ -164,9 +161,8 @@ class M3AE(Objective):
         """Adds which words to predict: int64 `kept_rows` [K], places among the B·S. A batch that has them stays."""
         if "caption" not in self.active or "kept_rows" in batch:
             return batch
-        prepared = copy.copy(batch)  # which keeps its kind
-        prepared["kept_rows"] = self.words(batch["tokens"], batch["position"]).hidden_BS.flatten().nonzero().squeeze(1)
-        return prepared
+        kept_K = self.words(batch["tokens"], batch["position"]).hidden_BS.flatten().nonzero().squeeze(1)
+        return with_tensors(batch, {"kept_rows": kept_K})
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Returns the numbers of masked patches, and of hidden words."""
@@ -198,15 +194,8 @@ class M3AE(Objective):
         patch_BMD, word_BSD = self._decode(batch["image"], visible_BK, masked_BM, words)
         losses, metrics = {}, {}
         if "pixels" in self.active:
-            losses["pixels"] = masked_patch_loss(
-                batch["image"],
-                self.decoder.pred(patch_BMD),
-                masked_BM,
-                patch_size=self.config.patch_size,
-                mean=PIXEL_MEAN,
-                std=PIXEL_STD,
-                normalize_patches=self.config.normalize_patches,
-            )
+            prediction_BMP = self.decoder.pred(patch_BMD)
+            losses["pixels"] = patch_loss(self.config, batch["image"], prediction_BMP, masked_BM)
         if "caption" in self.active:
             target_BS = words.tokens_BS.masked_fill(~words.hidden_BS, self.vocabulary.pad)
             rows = word_BSD.flatten(0, 1), target_BS.flatten(), batch["kept_rows"]

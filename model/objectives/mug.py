@@ -9,11 +9,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from mug.model import captioning, flops
+from mug.model.captioner import WritesCaptions
 from mug.model.encoder import Encoder
 from mug.model.generate import paint, word_attention, write
 from mug.model.keyed_random import random_masking
-from mug.model.likelihood import log_likelihoods
-from mug.model.objectives.objective import Batch, Context, Losses, Metrics, Objective, ObjectiveError
+from mug.model.objectives.objective import Batch, Context, Losses, Metrics, ObjectiveError
 from mug.model.pixel_decoder import PixelDecoder
 from mug.model.presets import ModelConfigError, PixelDecoderConfig, TextDecoderConfig
 from mug.model.text_decoder import TextBlock, TextDecoder
@@ -37,7 +37,7 @@ class MUGConfig(PixelDecoderConfig, TextDecoderConfig):
             raise ModelConfigError(f"model.captioning {self.captioning!r} is not one of {known}")
 
 
-class MUG(Objective):
+class MUG(WritesCaptions):
     """Reads uint8 `image` [B, 3, H, W], int64 `tokens` [B, T] (BOS … EOS PAD; a row of PAD alone is a sample without
     caption) and int64 `position` [B], which decides with the seed which patches and words are masked.
 
@@ -50,10 +50,9 @@ class MUG(Objective):
 
     def __init__(self, config: MUGConfig, context: Context):
         super().__init__(config, context)
-        assert context.vocabulary is not None  # its kind of batch has a tokenizer
-        if config.captioning == "masked-language" and context.vocabulary.mask is None:
+        if config.captioning == "masked-language" and self.vocabulary.mask is None:
             raise ModelConfigError("model.captioning masked-language needs a tokenizer with a mask token")
-        self.vocabulary, self.seed = context.vocabulary, context.seed
+        self.seed = context.seed
         self.captioning = captioning.FUNCTIONS[config.captioning]
         self.encoder = Encoder(config)
         if "pixels" in self.active:
@@ -110,11 +109,7 @@ class MUG(Objective):
     def check_captions(self) -> None:
         if self.config.captioning != "autoregressive":
             raise ObjectiveError("the model fills in masked words (model.captioning) and cannot write captions")
-        if "caption" not in self.active:
-            raise ObjectiveError("the model never learned to write captions: its loss_weights.caption is 0")
-
-    def caption(self, image_BCHW: Tensor, beams: int = 1) -> Tensor:
-        return write(self.text_decoder, self.vocabulary, self.encoder(image_BCHW), beams)
+        super().check_captions()
 
     def caption_visible(self, image_BCHW: Tensor, position_B: Tensor, beams: int = 1) -> Tensor:
         visible_BK, _ = self.mask(position_B)
@@ -131,9 +126,6 @@ class MUG(Objective):
         if "pixels" in self.active:
             prediction_BMP = self.pixel_decoder(self.encoder(image_BCHW, visible_BK), visible_BK, masked_BM)
         return paint(self.config, image_BCHW, masked_BM, prediction_BMP)
-
-    def caption_log_likelihoods(self, image_BCHW: Tensor, tokens_CT: Tensor) -> Tensor:
-        return log_likelihoods(self.text_decoder, self.vocabulary.pad, self.encoder(image_BCHW), tokens_CT)
 
 
 def stage_flops(

@@ -4,6 +4,7 @@ An objective is one file of this folder, found by its name; see CONTRIBUTING.md.
 D width, T tokens, E size of an embedding.
 """
 
+import copy
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -24,6 +25,13 @@ Metrics = dict[str, Tensor]  # detached scalars to log, named kind/LOSS: means o
 
 class ObjectiveError(ValueError):
     """An objective that does not exist, or cannot do what is asked; one line."""
+
+
+def with_tensors(batch: Batch, tensors: Mapping[str, Tensor]) -> Batch:
+    """Returns the batch, still of its kind, with further tensors."""
+    found = copy.copy(batch)
+    found |= tensors
+    return found
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,12 @@ class Objective(nn.Module):
         """`config` is a resolved `Config` (see `presets.resolve`)."""
         super().__init__()
         self.config, self.context = config, context
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Returns the tokenizer's; only for objectives whose data have one."""
+        assert self.context.vocabulary is not None
+        return self.context.vocabulary
 
     @property
     def active(self) -> tuple[str, ...]:

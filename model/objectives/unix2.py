@@ -88,8 +88,6 @@ class UniX2(CoupledObjective):
 
     def __init__(self, config: MultilingualConfig, context: Context):
         super().__init__(config, context)
-        assert context.vocabulary is not None  # its kinds of batch have a tokenizer
-        self.vocabulary = context.vocabulary
         if self.vocabulary.mask is None:
             raise ModelConfigError("objective unix2 needs a tokenizer with a mask token: give one by data.tokenizer")
         if config.itm_negatives == "hard" and "itm" in self.active and "cmcl" not in self.active:

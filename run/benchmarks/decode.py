@@ -22,6 +22,7 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from mug.data import rng
+from mug.data.builders.writers import encoded, write_tar
 from mug.data.crops import CROP_DRAWS, Box, Crop, RandomCrop
 from mug.data.decode import Mode, decode_crop, fast_boxes
 from mug.data.workers import worker_settings
@@ -49,11 +50,8 @@ def photographs(folder: Path | None, width: int, height: int) -> list[bytes]:
         with Image.open(path, formats=("JPEG", "WEBP")) as image:
             if path.is_symlink() or image.width <= width or image.height <= height:
                 continue
-            buffer = io.BytesIO()
-            ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS).save(
-                buffer, "JPEG", quality=95
-            )
-            jpegs.append(buffer.getvalue())
+            cut = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+            jpegs.append(encoded(cut, "JPEG", quality=95))
     if not jpegs:
         raise RunError(
             f"no photograph larger than {width}x{height} in {', '.join(map(str, folders))}: give a folder of JPEGs,"
@@ -135,7 +133,7 @@ def loaders(jpegs: list[bytes], folder: Path, scale: tuple[float, float], batche
     batch = 32
     paths = [folder / f"{shard:05d}.tar" for shard in range(workers)]  # webdataset gives each worker entire shards
     for path in paths:
-        _write_shard(path, [jpegs[i % len(jpegs)] for i in range(batch * batches // workers)])
+        write_tar(path, ((f"{i:05d}.jpg", jpegs[i % len(jpegs)]) for i in range(batch * batches // workers)))
     ours = {mode: Batches(tuple(paths), batch, scale, mode) for mode in ("exact", "fast")}
     readers: dict[str, Callable[[], Iterable]] = {
         "webdataset and PIL as open_clip": lambda: _open_clip(paths, batch, scale, workers),
@@ -158,14 +156,6 @@ def _rate(loader: Iterable, batch: int) -> float:
     next(batches)
     start = time.perf_counter()
     return batch * sum(1 for _ in batches) / (time.perf_counter() - start)
-
-
-def _write_shard(path: Path, jpegs: list[bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for i, data in enumerate(jpegs):
-            member = tarfile.TarInfo(f"{i:05d}.jpg")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
 
 
 def _open_clip(paths: list[Path], batch: int, scale: tuple[float, float], workers: int) -> DataLoader:

@@ -1,10 +1,11 @@
 """Does the stream leak memory or files? Thousands of steps at full speed, without a model."""
 
 import itertools
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 from mug.data.stream import TrainStream
 
@@ -19,17 +20,10 @@ def metrics(stream: TrainStream, steps: int) -> Iterator[tuple[int, float, float
         stream.take_replacements()
         if step % every == 0:
             rate = every * stream.share.global_batch / (time.perf_counter() - begin)
-            family = [os.getpid(), *_descendants(os.getpid())]
-            yield step, rate, sum(map(_private_memory, family)), sum(map(_open_files, family))
+            family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+            files = sum(process.num_fds() for process in family)
+            yield step, rate, sum(_private_memory(process.pid) for process in family), files
             begin = time.perf_counter()
-
-
-def _descendants(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in map(int, (task / "children").read_text(encoding="utf-8").split()):
-            found += [child, *_descendants(child)]
-    return found
 
 
 def _private_memory(pid: int) -> float:
@@ -37,7 +31,3 @@ def _private_memory(pid: int) -> float:
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()
     kilobytes = {name: int(rest.split()[0]) for name, rest in (line.split(":", 1) for line in lines[1:])}
     return kilobytes["Anonymous"] / 1024
-
-
-def _open_files(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))

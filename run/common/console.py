@@ -126,14 +126,8 @@ class Console:
         """A progress bar where the terminal can show one; plain lines (`step`) do elsewhere."""
         self.unit = unit
         if self.rank == 0 and self.terminal.isatty():
-            columns = (
-                TextColumn(unit),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TextColumn("{task.description}"),
-            )
-            console = RichConsole(file=self.terminal)
-            self.bar = Progress(*columns, TimeRemainingColumn(), console=console)
+            columns = TextColumn(unit), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}")
+            self.bar = Progress(*columns, TimeRemainingColumn(), console=RichConsole(file=self.terminal))
             self.bar.add_task("", total=total, completed=done)
             self.bar.start()
 

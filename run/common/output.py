@@ -2,14 +2,13 @@
 
 import contextlib
 import fcntl
-import io
 import os
 import socket
 from pathlib import Path
 
 from PIL import Image
 
-from mug.data.builders.writers import replacing
+from mug.data.builders.writers import encoded, replacing
 from mug.run.common.errors import RunError
 
 
@@ -42,9 +41,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 def write_png(path: Path, image: Image.Image, **options: object) -> None:
     """Write a picture as PNG, by `write_whole`; `options` are those of Pillow's PNG."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", **options)
-    write_whole(path, buffer.getvalue())
+    write_whole(path, encoded(image, "PNG", **options))
 
 
 def append_line(path: Path, line: str) -> None:

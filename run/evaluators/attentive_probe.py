@@ -20,7 +20,7 @@ from mug.run.evaluators.evaluator import EvalContext, Evaluator, Result, Subject
 from mug.run.evaluators.features import EncoderFeatures, Features, extract_shared, untrained_encoder
 from mug.run.evaluators.frozen import FrozenConfig, open_images, record_of
 from mug.run.evaluators.results import Accuracies
-from mug.run.evaluators.sharing import share
+from mug.run.evaluators.sharing import gather_numbered, share
 
 MAX_BYTES = 8 * 2**30  # of the patch tokens of all images, in memory
 
@@ -99,7 +99,7 @@ class AttentiveProbe(Evaluator):
             if seed in share(self.config.seeds):
                 self.context.progress(f"attentive probe, seed {seed}")
                 mine.append((seed, self._right(*tokens, seed)))
-        for _, right_M in sorted(hardware.gather(mine), key=lambda one: one[0]):
+        for right_M in gather_numbered(mine):
             found.add("patches", "", right_M)
         return found.result("attentive probe", record_of(self.config, "attentive probe", self.encoder_name(subject)))
 

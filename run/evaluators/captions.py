@@ -22,6 +22,7 @@ from mug.run.common.packages import load_package
 from mug.run.evaluators.bleu import DEFAULT, bleu, split, tokenizer_of
 from mug.run.evaluators.evaluator import EvalContext, Evaluator, Result, Subject
 from mug.run.evaluators.held_out_pairs import Pair, PairsConfig, check_tokens, images_of, name_of_pairs, open_pairs
+from mug.run.evaluators.sharing import gather_numbered
 
 ORDERS = range(1, 5)
 OPTIONAL = ("CIDEr", "METEOR")
@@ -79,7 +80,7 @@ class WrittenCaptions(Evaluator):
                 having = (pair for pair in pairs if language in pair.texts)
                 pairs = [pair._replace(texts={language: pair.texts[language]}) for pair in having]
             rows += self._write(objective, pairs, language) if pairs else []
-        lines = [row for _, row in sorted(hardware.gather(rows), key=lambda one: one[0])]
+        lines = gather_numbered(rows)
         self.pairs.report()
         if not lines:
             raise RunError(
@@ -107,9 +108,7 @@ class WrittenCaptions(Evaluator):
         """Returns the number of each pair, and its line of captions.jsonl."""
         of = {"language": objective.languages().index(language)} if chooses_language(objective) else {}
         tokens_BT = objective.caption(images_of(pairs), self.config.beams, **of)
-        tokenizer = self.context.tokenizer
-        assert tokenizer is not None  # of the captions that it learned
-        written = [tokenizer.decode(row) for row in tokens_BT[:, 1:].tolist()]
+        written = self.context.decode(tokens_BT)
         return [
             (pair.number, {"key": pair.key, "written": text, "true": pair.captions})
             for pair, text in zip(pairs, written, strict=True)

@@ -19,6 +19,7 @@ from mug.run.common.command_line import check_min
 from mug.run.evaluators.evaluator import EvalContext, Evaluator, Result, Subject
 from mug.run.evaluators.held_out_pairs import Pair, PairsConfig, held_out_shards, images_of, name_of_pairs, open_pairs
 from mug.run.evaluators.pictures import writes_captions
+from mug.run.evaluators.sharing import gather_numbered
 
 WHOLE, VISIBLE = "correct", "correct from the visible patches"
 Counts = Counter[tuple[str, str, str]]  # (WHOLE or VISIBLE, kind of part or "captions", "all" or "correct")
@@ -68,7 +69,7 @@ class CorrectCaptions(Evaluator):
                     if source == WHOLE:
                         rows.append((pair.number, {"key": pair.key, "written": text, "true": pair.captions}))
         counts = sum(hardware.gather([counts]), Counts())
-        rows = [row for _, row in sorted(hardware.gather(rows), key=lambda one: one[0])]
+        rows = gather_numbered(rows)
         self.pairs.report()
         metrics = {
             f"{source}/{kind}": counts[source, kind, "correct"] / n
@@ -87,12 +88,7 @@ class CorrectCaptions(Evaluator):
         if isinstance(objective, CaptionsVisible):
             position_B = torch.tensor([pair.number for pair in pairs], device=image_BCHW.device)
             written[VISIBLE] = objective.caption_visible(image_BCHW, position_B, beams)
-        tokenizer = self.context.tokenizer
-        assert tokenizer is not None  # of the captions that it learned
-        return {
-            source: [tokenizer.decode(row) for row in tokens_BT[:, 1:].tolist()]
-            for source, tokens_BT in written.items()
-        }
+        return {source: self.context.decode(tokens_BT) for source, tokens_BT in written.items()}
 
 
 def count(written: str, pair: Pair, languages: tuple[str, ...]) -> Counter[tuple[str, str]]:

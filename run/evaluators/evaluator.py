@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from mug.data.config import DataConfig
 from mug.data.kinds.samples import Samples
 from mug.data.tokenizer import Tokenizer
@@ -68,6 +70,11 @@ class EvalContext:
     def held_out(self) -> dict[str, Samples]:
         """Returns the held-out samples, by stream; {} where there are none."""
         return self.open_held_out()
+
+    def decode(self, tokens_BT: Tensor) -> list[str]:
+        """Returns the texts that an objective has written, int64 [B, T], BOS … EOS PAD."""
+        assert self.tokenizer is not None  # of the texts that it learned
+        return [self.tokenizer.decode(row) for row in tokens_BT[:, 1:].tolist()]
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from mug.model.objectives.objective import EmbedsPairs, Objective, ScoresCaptions
-from mug.run.cluster import hardware
 from mug.run.common.command_line import check_min
 from mug.run.common.errors import RunError
 from mug.run.evaluators.evaluator import EvalContext, Evaluator, Result, Subject
 from mug.run.evaluators.held_out_pairs import Pair, PairsConfig, images_of, name_of_pairs, open_pairs
-from mug.run.evaluators.sharing import share
+from mug.run.evaluators.sharing import gather_numbered, share
 from mug.run.evaluators.zero_shot import embed_texts
 
 SCALES = tuple(2.0**power for power in range(9))  # of the cosine: 1 to 256
@@ -73,7 +72,7 @@ class Information(Evaluator):
         if groups < 2:
             raise RunError(f"{len(self.pairs)} pairs are fewer than two groups; lower `candidates`")
         mine = [(group, self._scores(subject.whole, group)) for group in share(groups)]
-        found = [scores for _, scores in sorted(hardware.gather(mine), key=lambda one: one[0])]
+        found = gather_numbered(mine)
         self.pairs.report()
         metrics = {}
         if "captions" in found[0]:

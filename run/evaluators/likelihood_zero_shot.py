@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from mug.data.store.expand import without_signatures
 from mug.model.objectives.objective import ScoresCaptions
 from mug.run.cluster import hardware
-from mug.run.evaluators.evaluator import EvalContext, Evaluator, Result, Subject
+from mug.run.evaluators.evaluator import Result, Subject
 from mug.run.evaluators.features import Features, extract_shared
-from mug.run.evaluators.zero_shot import ZeroShotConfig, class_names, open_images
+from mug.run.evaluators.zero_shot import ZeroShot, ZeroShotConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +37,11 @@ class CaptionScores(nn.Module):
         return {"log-likelihood": scores.unflatten(1, self.tokens_CKT.shape[:2]).logsumexp(2)}
 
 
-class LikelihoodZeroShot(Evaluator):
+class LikelihoodZeroShot(ZeroShot):
     """`accuracy/zero shot by likelihood`: top-1. The ranks share the images."""
 
     Config = LikelihoodConfig
     needs = ScoresCaptions
-
-    def __init__(self, config: LikelihoodConfig, context: EvalContext):
-        super().__init__(config, context)
-        self.images = open_images(config, context.cache)
-        self.names = class_names(config, self.images)
 
     def check(self, objective: Any) -> None:
         super().check(objective)

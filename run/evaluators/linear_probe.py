@@ -22,7 +22,7 @@ from mug.run.common.errors import RunError
 from mug.run.evaluators.evaluator import EvalContext, Evaluator, Result, Subject
 from mug.run.evaluators.frozen import Extracted, FrozenConfig, encoders, open_images, record_of
 from mug.run.evaluators.results import Accuracies
-from mug.run.evaluators.sharing import share
+from mug.run.evaluators.sharing import gather_numbered, share
 
 SMALLEST_BATCH, LARGEST_BATCH = 32, 16384
 UPDATES = 78  # of an epoch of MAE's: 1.28 million images in batches of 16,384
@@ -79,8 +79,8 @@ class LinearProbe(Evaluator):
         for encoder in encoders(self.config, self.context, self.images, subject):
             jobs = [(feature, seed) for feature in encoder.train for seed in encoder.seeds]
             mine = [(number, self._right(encoder, *jobs[number])) for number in share(len(jobs))]
-            for number, right_M in sorted(hardware.gather(mine), key=lambda one: one[0]):
-                found.add(jobs[number][0], "", right_M)
+            for (feature, _), right_M in zip(jobs, gather_numbered(mine), strict=True):
+                found.add(feature, "", right_M)
         return found.result("linear probe", record_of(self.config, "linear probe", self.encoder_name(subject)))
 
     def _right(self, encoder: Extracted, feature: str, seed: int) -> Tensor:

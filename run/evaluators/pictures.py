@@ -13,7 +13,7 @@ from mug.run.common.command_line import check_min
 from mug.run.common.errors import RunError
 from mug.run.evaluators.evaluator import EvalConfig, EvalContext, Evaluator, Result, Subject
 from mug.run.evaluators.held_out_pairs import PairReader, held_out_shards, images_of
-from mug.run.evaluators.sharing import share
+from mug.run.evaluators.sharing import gather_numbered, share
 from mug.run.reporting.grid import Picture
 
 
@@ -56,10 +56,9 @@ class Pictures(Evaluator):
             true = [next(iter(pair.captions), "") for pair in pairs]
             position_B = torch.tensor([pair.number for pair in pairs], device=hardware.device())
             rows = draw_rows(objective, self.context.tokenizer, images_of(pairs), position_B, true)
-        numbered = zip([pair.number for pair in pairs], rows, strict=True)
-        shown = sorted(hardware.gather(list(numbered)), key=lambda one: one[0])
+        shown = gather_numbered(zip([pair.number for pair in pairs], rows, strict=True))
         self.pairs.report()
-        return Result({}, pictures=[row for _, row in shown])
+        return Result({}, pictures=shown)
 
 
 def check_pictured(objective: Objective) -> None:
@@ -104,7 +103,7 @@ def draw_rows(
         for count in sorted({1, beams}):
             author = "written" if count == 1 else f"written, {count} beams"
             tokens_BT = objective.caption(image_BCHW, count)
-            captions[author] = _decode(tokenizer, tokens_BT)
+            captions[author] = [tokenizer.decode(row) for row in tokens_BT[:, 1:].tolist()]
             if count == 1:
                 words = _looked_at(objective, tokenizer, image_BCHW, tokens_BT)
     if any(true):
@@ -147,7 +146,3 @@ def spotlight(image_CHW: Tensor, weights_N: Tensor) -> Tensor:
         (weights_N / weights_N.max()).view(1, 1, side, side), size=image_CHW.shape[1:], mode="bilinear"
     )[0, 0]
     return (255 - (255 - image_CHW.float()) * (0.15 + 0.85 * share_HW)).round().to(torch.uint8)
-
-
-def _decode(tokenizer: Tokenizer, tokens_BT: Tensor) -> list[str]:
-    return [tokenizer.decode(row) for row in tokens_BT[:, 1:].tolist()]

@@ -21,14 +21,7 @@ from mug.run.cluster import hardware
 from mug.run.common.errors import RunError
 from mug.run.evaluators.evaluator import EvalContext, Evaluator, Result, Subject
 from mug.run.evaluators.features import fast_products
-from mug.run.evaluators.held_out_pairs import (
-    Pair,
-    PairsConfig,
-    check_tokens,
-    images_of,
-    name_of_pairs,
-    open_pairs,
-)
+from mug.run.evaluators.held_out_pairs import Pair, PairsConfig, check_tokens, images_of, name_of_pairs, open_pairs
 from mug.run.evaluators.intervals import bootstrap, interval
 from mug.run.evaluators.sharing import gather_rows, share
 from mug.run.evaluators.zero_shot import embed_texts

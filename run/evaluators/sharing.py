@@ -1,10 +1,15 @@
 """Shares an evaluation's work among ranks: each takes every R-th item, and all get all results."""
 
+from collections.abc import Iterable
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mug.run.cluster import hardware
+
+T = TypeVar("T")
 
 
 def share(total: int) -> range:
@@ -33,6 +38,11 @@ def broadcast_rows(rows_NX: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     value = value.to(hardware.device()).contiguous()
     dist.broadcast(value, src=0)
     return value.cpu()
+
+
+def gather_numbered(mine: Iterable[tuple[int, T]]) -> list[T]:
+    """Returns what all ranks have found, in the order of its numbers; a collective call."""
+    return [one for _, one in sorted(hardware.gather(list(mine)), key=lambda numbered: numbered[0])]
 
 
 def sum_over_ranks(counts_K: Tensor) -> list[int]:

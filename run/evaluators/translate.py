@@ -25,6 +25,7 @@ from mug.run.evaluators.held_out_pairs import (
     tokens_of,
 )
 from mug.run.evaluators.intervals import interval
+from mug.run.evaluators.sharing import gather_numbered
 
 KINDS = ("image_bitext", "bitext")
 OWN, WITHOUT, OTHER = "BLEU", "BLEU without image", "BLEU with another image"
@@ -80,8 +81,7 @@ class Translate(Evaluator):
             raise RunError("evaluation translate needs a tokenizer with language tokens")
 
     def run(self, subject: Subject) -> Result:
-        rows = list(self._write_share(subject.whole))
-        rows = [row for _, row in sorted(hardware.gather(rows), key=lambda one: one[0])]
+        rows = gather_numbered(self._write_share(subject.whole))
         self.pairs.report()
         source, target = self.config.source, self.config.target
         if not rows:
@@ -117,7 +117,7 @@ class Translate(Evaluator):
         source_BT = tokens_of(texts, tokenizer, objective.config.text_length, source)
         number = objective.languages().index(target)
         written_BT = objective.translate(source_BT, number, self.config.beams, image_BCHW)
-        return [tokenizer.decode(row) for row in written_BT[:, 1:].tolist()]
+        return self.context.decode(written_BT)
 
     def _other(self, pair: Pair, size: int) -> Pair:
         """Returns the pair half-way round the set, or the first after it, whose image differs.

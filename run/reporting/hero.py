@@ -1,13 +1,13 @@
 """The picture of a run for a first look: what was seen, reconstructed and written, large enough for a phone; and its
 reconstructions through training, moving. On a light card, so that it reads on dark pages, too."""
 
-import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 
 from PIL import Image, ImageDraw, ImageFont
 
+from mug.data.builders.writers import encoded
 from mug.run.reporting.grid import Row
 
 WIDTH, MARGIN, GAP, RADIUS = 720, 24, 12, 20  # pixels
@@ -98,7 +98,5 @@ def draw_training(grids: Mapping[int, Sequence[Row]], painted: str, shown: int =
             lines = textwrap.wrap(row.captions.get("written", ""), WRITTEN_WIDTH)[:WRITTEN_LINES]
             draw.text((left, top), "\n".join(lines), fill=INK, font=_font(18))
         frames.append(frame)
-    out = io.BytesIO()
     times = [FRAME_MS] * (len(frames) - 1) + [LAST_MS]
-    frames[0].save(out, "WEBP", save_all=True, append_images=frames[1:], duration=times, loop=0, quality=60)
-    return out.getvalue()
+    return encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], duration=times, loop=0, quality=60)

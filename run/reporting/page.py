@@ -1,10 +1,11 @@
 """Self-contained HTML pages from the templates next to this file; what they show is escaped."""
 
 import base64
-import io
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
+
+from mug.data.builders.writers import encoded
 
 
 def render(template: str, **values: object) -> str:
@@ -23,9 +24,7 @@ def render(template: str, **values: object) -> str:
 
 def data_url(image: Image.Image, form: str = "PNG", **options: int) -> str:
     """Returns the image as the text of a `src`; `form` and `options` are Pillow's."""
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return bytes_url(buffer.getvalue(), form.lower())
+    return bytes_url(encoded(image, form, **options), form.lower())
 
 
 def bytes_url(image: bytes, form: str) -> str:

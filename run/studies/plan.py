@@ -36,7 +36,8 @@ class Plan:
         yield [self._data(name) for name in self.study.sets]
         yield [[self._tokenizer()], *self._shuffled()]
         if self.study.grid:
-            yield [self._rate(name, rate) for name in self._leaders() for rate in self.study.grid.rates]
+            leaders = [name for name, encoder in self.study.encoders.items() if not encoder.like]
+            yield [self._rate(name, rate) for name in leaders for rate in self.study.grid.rates]
         yield [self._encoder(name, seed) for name, seed in self.runs()]
         yield [self._judges(name, self.run(*self.runs()[0]), kind) for name, kind in BASELINES.items()]
         if self.study.finetune:
@@ -48,9 +49,6 @@ class Plan:
         """Returns (encoder, seed) of each pre-training; seeds first, so that an interrupted study has whole rounds."""
         pairs = [(name, seed) for name in self.study.encoders for seed in self.study.seeds_of(name)]
         return sorted(pairs, key=lambda pair: pair[1])
-
-    def _leaders(self) -> list[str]:
-        return [name for name, encoder in self.study.encoders.items() if not encoder.like]
 
     # --- Where things lie ---
 
@@ -125,7 +123,8 @@ class Plan:
         grid, leader = self.study.grid, self.study.leader_name(name)
         if grid is None:
             return {}
-        return {rate: accuracy_in(self.found(f"{leader} rate {rate:g}", grid.set), "kNN") for rate in grid.rates}
+        files = {rate: self.found(f"{leader} rate {rate:g}", grid.set) for rate in grid.rates}
+        return {rate: records_in(file, METHODS["knn"])[-1]["accuracy"] for rate, file in files.items()}
 
     def samples(self, name: str) -> int:
         """Returns the samples that an encoder sees, whole batches: the study's, or those for the FLOP of another."""
@@ -247,12 +246,8 @@ class Plan:
             "trainer.layer_decay": 1.0 if name == SCRATCH else 0.75,  # there is nothing to preserve from scratch
             "seed": seed,
         }
-        base = [
-            "--config",
-            str(RUN / "recipes" / "classify" / "fashion_mnist_tiny.yaml"),
-            "--deepspeed",
-            str(DEEPSPEED),
-        ]
+        recipe_file = str(RUN / "recipes" / "classify" / "fashion_mnist_tiny.yaml")
+        base = ["--config", recipe_file, "--deepspeed", str(DEEPSPEED)]
         init = [] if name == SCRATCH else ["--init", str(self.run(name, seed))]
         command = ["finetune.py", *base, "--output", str(run), *init, *flags(values | flat(config.recipe))]
         return Job(f"fine-tune {name} {what}", command, run, resumes=True)
@@ -267,10 +262,6 @@ def records_in(found: Path, method: str) -> list[dict[str, Any]]:
     """Returns the records of a method, by the one kind of features that encoders are evaluated by."""
     rows = read_rows(found)
     return [row for row in rows if row.get("method") == method and row.get("feature") in FEATURES]
-
-
-def accuracy_in(found: Path, method: str) -> float:
-    return records_in(found, method)[-1]["accuracy"]
 
 
 def tuned_accuracy(run: Path) -> float:

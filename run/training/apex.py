@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mug.run.common.errors import RunError
+from mug.run.training.deepspeed_config import offloads
 from mug.run.training.recipe import TrainerConfig
 
 
@@ -24,7 +25,7 @@ def check_apex(trainer: TrainerConfig, ds_config: dict[str, Any]) -> None:
         _module("apex.normalization", "FusedLayerNorm", "trainer.apex_layer_norm")
     if trainer.apex_adam:
         _module("apex.optimizers", "FusedAdam", "trainer.apex_adam")
-        if ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
+        if offloads(ds_config.get("zero_optimization", {}), "offload_optimizer"):
             raise RunError("trainer.apex_adam works only on GPUs; remove offload_optimizer from the DeepSpeed JSON")
 
 

@@ -289,12 +289,12 @@ def _check_together(config: dict[str, Any], world_size: int) -> None:
     stage = int(zero.get("stage", 0))  # its model also takes "3"
     _check_optimizer(config.get("optimizer", {}))
     _check_accumulation(config, stage)
-    if _offloads(zero, "offload_param") and stage < 3:
+    if offloads(zero, "offload_param") and stage < 3:
         raise DeepSpeedConfigError(f"zero_optimization.offload_param: needs stage 3, and the stage is {stage}")
     for section in ("offload_param", "offload_optimizer"):
         if zero.get(section, {}).get("device") == "nvme":
             raise DeepSpeedConfigError(f'zero_optimization.{section}.device: "nvme" is not supported; write "cpu"')
-    if _offloads(zero, "offload_optimizer"):
+    if offloads(zero, "offload_optimizer"):
         if stage < 1:
             raise DeepSpeedConfigError("zero_optimization.offload_optimizer: needs stage 1, 2 or 3, not 0")
         if _torch_adam(config) and config.get("zero_force_ds_cpu_optimizer", True):
@@ -349,8 +349,9 @@ def _torch_adam(config: dict[str, Any]) -> bool:
     return config["optimizer"]["params"].get("torch_adam", False)
 
 
-def _offloads(zero: dict[str, Any], section: str) -> bool:
-    return zero.get(section, {}).get("device", "none") != "none"
+def offloads(zero: dict[str, Any], section: str) -> bool:
+    """Whether a section of `zero_optimization` moves something off the device."""
+    return (zero.get(section) or {}).get("device", "none") != "none"
 
 
 def _nearest_divisors(number: int, wanted: int) -> list[int]:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -25,6 +26,7 @@ from mug.run.common.errors import in_one_line, user_errors
 from mug.run.common.rank_env import interface_problem
 from mug.run.common.source_digest import OURS, digest, folders_beside
 from mug.run.state.restore import build_objective
+from mug.run.training.deepspeed_config import offloads
 from mug.run.training.recipe import Command, Recipe
 from mug.run.training.start import open_stream, shape_of
 
@@ -91,7 +93,7 @@ def memory(model: nn.Module, ds_config: dict[str, Any], world: int) -> CheckResu
     """Check DeepSpeed's estimate of weights, gradients and optimizer state; activations come on top."""
     on_host, on_device = model_state_bytes(model, ds_config.get("zero_optimization", {}), world)
     local = int(os.environ["LOCAL_SIZE"])
-    available = _host_memory()
+    available = psutil.virtual_memory().available
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(hardware.device()).total_memory
         value = (
@@ -113,25 +115,15 @@ def model_state_bytes(model: nn.Module, zero: dict[str, Any], world: int) -> tup
 
     local = int(os.environ["LOCAL_SIZE"])
     total = sum(p.numel() for p in model.parameters())
-    offload, stage = _offloads(zero, "offload_optimizer"), zero.get("stage", 0)
+    offload, stage = offloads(zero, "offload_optimizer"), zero.get("stage", 0)
     if stage < 3:  # without ZeRO each device holds what the only device of a run would
         devices, hosts = (local, max(1, world // local)) if stage else (1, 1)
         return estimate_zero2_model_states_mem_needs(total, devices, hosts, cpu_offload=offload)
     largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
-    weights = _offloads(zero, "offload_param")
+    weights = offloads(zero, "offload_param")
     return estimate_zero3_model_states_mem_needs(
         total, largest, local, max(1, world // local), cpu_offload=offload, cpu_offload_params=weights, zero_init=False
     )[:2]
-
-
-def _offloads(zero: dict[str, Any], section: str) -> bool:
-    return (zero.get(section) or {}).get("device", "none") != "none"
-
-
-def _host_memory() -> int:
-    """Returns the bytes that new processes can use without swapping: proc(5)'s MemAvailable."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
 
 
 def disk(command: Command, model: nn.Module) -> CheckResult:
@@ -176,8 +168,6 @@ def existing_folder(path: Path) -> Path:
 
 def network() -> CheckResult:
     """Check the network interface towards rank 0, and those that gloo and NCCL are set to use."""
-    import psutil  # DeepSpeed needs it, too
-
     interfaces = {address.address: name for name, addresses in psutil.net_if_addrs().items() for address in addresses}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))

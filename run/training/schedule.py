@@ -21,25 +21,20 @@ class CosineSchedule:
         """Learning rate after `samples`. A step asks at its middle: at its ends, the last or the first would be 0."""
         if samples < self.warmup:
             return self.peak * samples / self.warmup
+        return self.minimum + (self.peak - self.minimum) * self.share(samples)
+
+    def share(self, samples: float) -> float:
+        """Returns how much is left of the way from `peak` to `minimum`, 1 at the end of the warm-up."""
         progress = (samples - self.warmup) / max(self.total - self.warmup, 1)
-        return self.minimum + (self.peak - self.minimum) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+        return (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
 
 @dataclass(frozen=True)
-class LinearSchedule:
+class LinearSchedule(CosineSchedule):
     """Linear warm-up over `warmup` samples to `peak`, then a straight line to `minimum` at `total` samples."""
 
-    peak: float
-    minimum: float
-    warmup: int
-    total: int
-
-    def __call__(self, samples: float) -> float:
-        """Learning rate after `samples`; a step asks at its middle, as above."""
-        if samples < self.warmup:
-            return self.peak * samples / self.warmup
-        left = max(self.total - samples, 0) / max(self.total - self.warmup, 1)
-        return self.minimum + (self.peak - self.minimum) * left
+    def share(self, samples: float) -> float:
+        return max(self.total - samples, 0) / max(self.total - self.warmup, 1)
 
 
 SCHEDULES = {"cosine": CosineSchedule, "linear": LinearSchedule}

@@ -1,24 +1,17 @@
 """Small shards and tokenizers, made of random pictures and known captions."""
 
-import io
 from pathlib import Path
 
 import numpy as np
 import pytest
+from encoded import encode
 from hypothesis import settings
-from PIL import Image
 
 from mug.data.builders.tokenizer_training import train_tokenizer
 from mug.data.builders.writers import write_tar
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
 settings.load_profile("no deadline")
-
-
-def png(image: Image.Image | np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def caption_of(i: int) -> str:
@@ -37,7 +30,7 @@ def make_shards():
             for i in range(i, i + count):  # noqa: B020
                 random = np.random.default_rng(i)
                 size = random.integers(20, 40, 2).tolist()
-                members.append((f"{i:05d}.png", png(random.integers(0, 256, (*size, 3), dtype=np.uint8))))
+                members.append((f"{i:05d}.png", encode(random.integers(0, 256, (*size, 3), dtype=np.uint8))))
                 members.append((f"{i:05d}.txt", caption_of(i).encode()))
             i += 1
             paths.append(folder / f"{prefix}-{shard:05d}.tar")

@@ -9,12 +9,6 @@ from mug.data import rng
 from mug.data.crops import CROP_DRAWS, Crop, RandomCrop
 
 
-def encode(image: Image.Image | np.ndarray, format: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, format, **options)
-    return buffer.getvalue()
-
-
 def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
     """Colours with detail at every scale, the less the finer, as photographs have; and a hard edge."""
     random = np.random.default_rng(seed)

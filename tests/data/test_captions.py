@@ -1,4 +1,3 @@
-import io
 import json
 import re
 import time
@@ -7,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from encoded import one_colour
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from mug.data import rng
 from mug.data.builders.writers import write_tar
@@ -130,12 +129,10 @@ def test_no_language_is_refused(language):
 @pytest.fixture
 def config(tmp_path, tokenizer_file) -> DataConfig:
     """20 pairs "picture number i", which have further captions i + 100 in English and i + 200 in German."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(buffer, "PNG")
     members = []
     for i in range(20):
         meta = {"captions": {"en": [f"picture number {i + 100}"], "de": f"picture number {i + 200}"}}
-        members += [(f"{i:02d}.png", buffer.getvalue()), (f"{i:02d}.txt", f"picture number {i}".encode())]
+        members += [(f"{i:02d}.png", one_colour()), (f"{i:02d}.txt", f"picture number {i}".encode())]
         members += [(f"{i:02d}.json", bytes_of(meta))]
     write_tar(tmp_path / "shard.tar", members)
     shard = str(tmp_path / "shard.tar")
@@ -172,9 +169,7 @@ def test_evaluation_takes_the_first(config):
 
 
 def test_a_caption_that_cannot_be_had_makes_a_bad_sample(config, tmp_path):
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(buffer, "PNG")
-    members = [(f"{i}.png", buffer.getvalue()) for i in range(8)] + [("3.json", b"{")]
+    members = [(f"{i}.png", one_colour()) for i in range(8)] + [("3.json", b"{")]
     write_tar(tmp_path / "shard.tar", members)
     pairs = open_held_out(config, SHAPE)
     batch, replaced = pairs.batch(range(8))
@@ -195,11 +190,9 @@ def test_languages_in_a_pair():
 
 def with_german(path, count: int, german: int) -> None:
     """Shards of pairs with English captions, the first ones of which have a German one, too."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(buffer, "PNG")
     members = []
     for i in range(count):
-        members += [(f"{i:04d}.png", buffer.getvalue()), (f"{i:04d}.txt", b"number one")]
+        members += [(f"{i:04d}.png", one_colour()), (f"{i:04d}.txt", b"number one")]
         members += [(f"{i:04d}.json", bytes_of({"captions": {"de": "nummer eins"}}))] if i < german else []
     write_tar(path, members)
 

@@ -7,15 +7,15 @@ import subprocess
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import simplejpeg
 import torch
+from encoded import encode
 from hypothesis import given
 from hypothesis import strategies as st
-from pictures import by_pillow, by_pillow_box, difference, encode, photograph, random_crop
+from pictures import by_pillow, by_pillow_box, difference, photograph, random_crop
 from PIL import Image
 from torchvision.transforms import functional as tv
 
@@ -284,9 +284,7 @@ def test_no_other_plugin_of_pillow_runs():
     """A JPEG of several pictures is another plugin's to Pillow; so is a picture of ours under another name."""
     pair = Image.new("RGB", (16, 16), (0, 255, 255))
     code = """
-import sys, io
-from pictures import by_pillow, by_pillow_box, difference, encode, photograph, random_crop
-from PIL import Image
+import sys
 data = eval(sys.stdin.read())
 from mug.data.crops import CentralSquare
 from mug.data.decode import decode_crop
@@ -295,8 +293,7 @@ print(sorted(name for name in sys.modules if name.endswith("ImagePlugin")))
 """
     data = [encode(pair, "MPO", save_all=True, append_images=[pair]), encode(PIXELS), encode(PIXELS, "TIFF")]
     assert Image.open(io.BytesIO(data[0])).format == "MPO"
-    here = Path(__file__).parent  # of `pictures`
-    run = subprocess.run([sys.executable, "-c", code], cwd=here, input=repr(data), capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code], input=repr(data), capture_output=True, text=True)
     colours, plugins = run.stdout.splitlines()
     assert np.abs(np.array(eval(colours)[0]) - (0, 255, 255)).max() <= 2 and not run.stderr
     assert eval(plugins) == [f"PIL.{n}ImagePlugin" for n in ("Bmp", "Gif", "Jpeg", "Png", "Tiff", "WebP")]

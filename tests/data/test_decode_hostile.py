@@ -8,9 +8,10 @@ import zlib
 
 import numpy as np
 import pytest
+from encoded import encode
 from hypothesis import given
 from hypothesis import strategies as st
-from pictures import encode, photograph
+from pictures import photograph
 
 from mug.data.crops import CentralSquare
 from mug.data.decode import MAX_BYTES, decode_crop

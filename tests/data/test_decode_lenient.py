@@ -7,7 +7,8 @@ import zlib
 
 import numpy as np
 import pytest
-from pictures import encode, photograph
+from encoded import encode
+from pictures import photograph
 from PIL import Image
 
 from mug.data.crops import CentralSquare

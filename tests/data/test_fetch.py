@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -169,11 +170,8 @@ def test_threads_share_the_few_open_files(tmp_path, monkeypatch):
             if fetch.read(shard, 100, 50) != contents(shard)[100:150]:
                 wrong.append(shard)
 
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, range(4)))
     assert not wrong
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from pictures import encode
+from encoded import encode
 from test_stream import open_pairs, take
 
 from mug.data.builders.writers import Sample, write_shards

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from encoded import tar_bytes
 from faulty_server import Answer, Server, files
 
 from mug.data.config import DataConfig
@@ -32,15 +33,9 @@ def captions(words: str) -> list[str]:
     return [f"{words} {i:02d}" for i in range(N)]
 
 
-def tar_bytes(texts: list[str], order=range(N), name="{:06d}", format=tarfile.USTAR_FORMAT) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
-        for i in order:
-            for extension, data in (("bmp", image(i)), ("txt", texts[i].encode())):
-                member = tarfile.TarInfo(f"{name.format(i)}.{extension}")
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
+def tar_of(texts: list[str], order=range(N), name="{:06d}", format=tarfile.USTAR_FORMAT) -> bytes:
+    pairs = ((name.format(i), image(i), texts[i].encode()) for i in order)
+    return tar_bytes((file for key, bmp, txt in pairs for file in ((f"{key}.bmp", bmp), (f"{key}.txt", txt))), format)
 
 
 def columnar(kind: str, texts: list[str], order=range(N)) -> bytes:
@@ -74,15 +69,15 @@ def texts(reader: Reader) -> list[str]:
     return [text.decode() for _, text, _ in found]
 
 
-SHORT = tar_bytes(captions("a barn"))
+SHORT = tar_of(captions("a barn"))
 APPENDED = io.BytesIO(SHORT)
 with tarfile.open(fileobj=APPENDED, mode="a") as archive:  # into the padding
     archive.addfile(tarfile.TarInfo("more.bmp"))
 OTHER_TARS = {
-    "longer captions": tar_bytes(captions("a wide barn under falling snow")),
-    "shorter captions": tar_bytes(captions("b")),
-    "another order": tar_bytes(captions("a barn"), range(N - 1, -1, -1)),
-    "other keys": tar_bytes(captions("a barn"), name="1{:05d}"),
+    "longer captions": tar_of(captions("a wide barn under falling snow")),
+    "shorter captions": tar_of(captions("b")),
+    "another order": tar_of(captions("a barn"), range(N - 1, -1, -1)),
+    "other keys": tar_of(captions("a barn"), name="1{:05d}"),
     "one more file": APPENDED.getvalue(),
     "zeros": bytes(len(SHORT)),
     "noise": np.random.default_rng(0).bytes(len(SHORT)),
@@ -170,13 +165,13 @@ def test_an_index_without_seals_is_read_and_its_tars_are_compared(tmp_path):
 def test_names_of_every_kind_are_known_by_their_headers(tmp_path, name, format, monkeypatch):
     if format == tarfile.USTAR_FORMAT and name.startswith("nn"):
         pytest.skip("ustar has no place for it")
-    reader = opened(indexed(tmp_path, tar_bytes(captions("a barn"), name=name, format=format)), tmp_path)
+    reader = opened(indexed(tmp_path, tar_of(captions("a barn"), name=name, format=format)), tmp_path)
     scans, is_same_tar = [], Identity.is_same_tar
     monkeypatch.setattr(Identity, "is_same_tar", lambda *a: scans.append(a) or is_same_tar(*a))
     assert texts(reader) == captions("a barn")
     assert len(scans) <= ("Höhe" in name and format == tarfile.PAX_FORMAT)  # the one kind of which headers know no name
     with open(tmp_path / "shard.tar", "r+b") as file:
-        file.write(tar_bytes(captions("c"), name=name, format=format))
+        file.write(tar_of(captions("c"), name=name, format=format))
     with pytest.raises(DataError, match=CHANGED):
         texts(reader)
 
@@ -213,7 +208,7 @@ def test_a_shard_of_a_server_without_etags(tmp_path, remote, kind):
 
 
 def test_a_header_is_distinguished_from_a_body():
-    data = tar_bytes(captions("a barn"))
+    data = tar_of(captions("a barn"))
     assert tar.is_header(data[:512]) and tar.is_header_of(data[:512], "000000", len(image(0)))
     assert not tar.is_header(data[512:1024]) and not tar.is_header(b"") and not tar.is_header(bytes(512))
     assert not tar.is_header_of(data[:512], "00000", len(image(0)))

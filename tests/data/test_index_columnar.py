@@ -1,14 +1,12 @@
 """The same pairs as tar, Arrow and Parquet index to the same samples, with the same bytes behind each."""
 
-import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from encoded import encode, tar_bytes
 
 from mug.data.errors import DataError
 from mug.data.index import build, columnar
@@ -20,10 +18,8 @@ N = 40
 
 
 def picture(i: int) -> bytes:
-    buffer = io.BytesIO()
     noise = np.random.default_rng(i).integers(0, 256, (8 + i, 60 - i, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(buffer, ("JPEG", "PNG", "WEBP")[i % 3])
-    return buffer.getvalue()
+    return encode(noise, ("JPEG", "PNG", "WEBP")[i % 3])
 
 
 PAIRS = [
@@ -39,17 +35,8 @@ KEPT = [pair for pair in PAIRS if pair["jpg"]]
 
 
 def as_tar() -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for pair in PAIRS:
-            for extension in ("jpg", "txt", "json"):
-                value = pair[extension]
-                if value is not None:
-                    body = value if isinstance(value, bytes) else value.encode()
-                    info = tarfile.TarInfo(f"{pair['key']}.{extension}")
-                    info.size = len(body)
-                    archive.addfile(info, io.BytesIO(body))
-    return buffer.getvalue()
+    files = ((f"{pair['key']}.{end}", pair[end]) for pair in PAIRS for end in ("jpg", "txt", "json") if pair[end])
+    return tar_bytes((name, body if isinstance(body, bytes) else body.encode()) for name, body in files)
 
 
 def write(path, kind: str, table: pa.Table):

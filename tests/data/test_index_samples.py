@@ -1,27 +1,17 @@
 """From the files of a tar to samples; webdataset is the oracle where it groups files as we do."""
 
-import io
 import tarfile
 
 import pyarrow as pa
 import pytest
 import webdataset
+from encoded import tar_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mug.data.errors import DataError
 from mug.data.index import rows
 from mug.data.index.tar_samples import UNUSED, scan_tar, split_names
-
-
-def make(members, format=tarfile.GNU_FORMAT) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
-        for name, body in members:
-            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
-            info.size = len(body)
-            archive.addfile(info, io.BytesIO(body))
-    return buffer.getvalue()
 
 
 def samples(data: bytes) -> tuple[list[tuple], dict[str, tuple]]:
@@ -53,18 +43,18 @@ def samples(data: bytes) -> tuple[list[tuple], dict[str, tuple]]:
 )
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_used(names, expected, format):
-    found, left_out = samples(make([(name, name.encode()) for name in names], format))
+    found, left_out = samples(tar_bytes([(name, name.encode()) for name in names], format))
     assert found == [tuple(x.encode() if i and x else x for i, x in enumerate(sample)) for sample in expected]
     used = sum(part is not None for sample in found for part in sample[1:])
     assert sum(count for count, _ in left_out.values()) == len(names) - used
 
 
 def test_left_out_and_counted():
-    data = make([("1.txt", b"t"), ("2.jpg", b""), ("3.json", b"{}"), ("4.jpg", b"i")])
+    data = tar_bytes([("1.txt", b"t"), ("2.jpg", b""), ("3.json", b"{}"), ("4.jpg", b"i")])
     left_out = {"keys without an image": (2, "'1'"), "images of 0 bytes": (1, "'2'")}
     assert samples(data) == ([("4", b"i", None, None)], left_out)
-    assert samples(make([("1.txt", b"")])) == ([], {"keys without a text": (1, "'1'")})
-    assert samples(make([])) == ([], {})
+    assert samples(tar_bytes([("1.txt", b"")])) == ([], {"keys without a text": (1, "'1'")})
+    assert samples(tar_bytes([])) == ([], {})
 
 
 def test_what_belongs_to_no_sample_is_counted_by_kind():
@@ -73,7 +63,7 @@ def test_what_belongs_to_no_sample_is_counted_by_kind():
     link.linkname = hard.linkname = "1.jpg"
     names = "1.jpg 1.mask.png barn_1.5m.jpg barn_1.5m.txt 1.licence.txt 1.heic 2.HEIC README d/._1.jpg 1.cls"
     found, left_out = samples(
-        make([*((name, b"x") for name in names.split()), *((one, b"") for one in (link, hard, folder))])
+        tar_bytes([*((name, b"x") for name in names.split()), *((one, b"") for one in (link, hard, folder))])
     )
     assert found == [("1", b"x", None, None), ("barn_1.5m", b"x", b"x", None)]
     assert left_out == {
@@ -87,12 +77,12 @@ def test_what_belongs_to_no_sample_is_counted_by_kind():
 
 
 def test_kinds_beyond_twenty_are_counted_together():
-    _, left_out = samples(make([(f"1.x{i}", b"x") for i in range(50)]))
+    _, left_out = samples(tar_bytes([(f"1.x{i}", b"x") for i in range(50)]))
     assert len(left_out) == 21 and sum(count for count, _ in left_out.values()) == 50
 
 
 def test_an_empty_caption_is_one():
-    assert samples(make([("1.jpg", b"i"), ("1.txt", b"")])) == ([("1", b"i", b"", None)], {})
+    assert samples(tar_bytes([("1.jpg", b"i"), ("1.txt", b"")])) == ([("1", b"i", b"", None)], {})
 
 
 @pytest.mark.parametrize(
@@ -100,11 +90,11 @@ def test_an_empty_caption_is_one():
 )
 def test_a_key_twice_is_refused_by_name(twice):
     with pytest.raises(DataError, match="key 'k': write distinct keys"):
-        samples(make([(name, b"x") for name in twice.split()]))
+        samples(tar_bytes([(name, b"x") for name in twice.split()]))
 
 
 def test_names_that_are_no_utf8():
-    data = make([("é.jpg", b"i")]).replace("é".encode(), b"\xff\xfe")
+    data = tar_bytes([("é.jpg", b"i")]).replace("é".encode(), b"\xff\xfe")
     header = bytearray(data[:512])
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
@@ -116,7 +106,7 @@ def test_nothing_unpickles(tmp_path):
     canary = tmp_path / "ran"
     attack = f"cos\nsystem\n(S'touch {canary}'\ntR.".encode()
     extensions = ("pyd", "pkl", "pickle", "pth")
-    data = make([("1.jpg", b"i"), *((f"1.{extension}", attack) for extension in extensions)])
+    data = tar_bytes([("1.jpg", b"i"), *((f"1.{extension}", attack) for extension in extensions)])
     found, left_out = samples(data)
     assert found == [("1", b"i", None, None)] and len(left_out) == 4
     assert not canary.exists()
@@ -132,7 +122,7 @@ def test_nothing_unpickles(tmp_path):
 def test_groups_as_webdataset_does(tmp_path_factory, keys):
     names = {"j": "jpg", "t": "txt", "x": "json"}
     members = [(f"{key}.{names[p]}", f"{key} {p}".encode()) for key, parts in keys for p in sorted(parts)]
-    data = make(members)
+    data = tar_bytes(members)
     path = tmp_path_factory.mktemp("tar") / "0.tar"
     path.write_bytes(data)
     oracle = webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False)

@@ -2,7 +2,6 @@
 
 import ast
 import copy
-import io
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from encoded import encode
 from PIL import Image
 
 from mug.data import pixels
@@ -179,9 +179,7 @@ def test_pairs_for_a_model_without_text(config):
 def test_views_have_their_own_scale_and_flip(config, tmp_path):
     """On a picture whose colours tell the place: left to right in red, top to bottom in green."""
     x = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
-    buffer = io.BytesIO()
-    Image.fromarray(np.stack([x, x.T, x * 0], 2)).save(buffer, "PNG")
-    write_tar(tmp_path / "ramp.tar", [("a.png", buffer.getvalue()), ("a.txt", b"picture")])
+    write_tar(tmp_path / "ramp.tar", [("a.png", encode(np.stack([x, x.T, x * 0], 2))), ("a.txt", b"picture")])
     config.shards = f"{tmp_path}/ramp.tar"
     batch, _ = pairs.open_train(config, 0, Shape(16, 8, VIEWS)).batch(range(200))
     red = batch["views"][:, :, 0].float().mean(2)  # [200, 3, 16], along the width

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from streams import read_together, rows, take
 
 from mug.data.config import DataConfig
 from mug.data.crops import ViewConfig
@@ -89,30 +90,8 @@ def open_mixture(streams, rank=0, world=1, micro_batch=1, seed=0, shape=SHAPE) -
     return open_stream(streams, seed, shape, BatchShard(GLOBAL_BATCH, micro_batch, rank, world, GROUPS))
 
 
-def rows(batch: dict[str, torch.Tensor]) -> list[tuple]:
-    columns = batch["position"].tolist(), batch["image"].numpy(), batch["tokens"].tolist()
-    return [(position, image.tobytes(), tuple(tokens)) for position, image, tokens in zip(*columns, strict=True)]
-
-
-def take(stream: TrainStream, steps: int) -> list[list[tuple]]:
-    taken = []
-    for step in itertools.islice(stream, steps):
-        taken.append([row for batch in step for row in rows(batch)])
-        stream.advance()
-    return taken
-
-
 def global_batches(streams, world: int, micro_batch: int, steps: int, state: dict | None = None) -> tuple[list, dict]:
-    """What all ranks read in each step, by position, and the state after it, through JSON as a checkpoint has it."""
-    parts, states = [], []
-    for rank in range(world):
-        stream = open_mixture(streams, rank, world, micro_batch)
-        if state:
-            stream.load_state_dict(state)
-        parts.append(take(stream, steps))
-        states.append(stream.state_dict())
-    assert all(other == states[0] for other in states)
-    return [sorted(itertools.chain(*step)) for step in zip(*parts, strict=True)], json.loads(json.dumps(states[0]))
+    return read_together(lambda rank: open_mixture(streams, rank, world, micro_batch), world, steps, state)
 
 
 def test_a_group_is_the_next_samples_of_its_stream(streams):

@@ -1,9 +1,7 @@
 """Tars whose files have names between key and extension, against the pairs that people mean by them."""
 
-import io
-import tarfile
-
 import pytest
+from encoded import tar_bytes
 
 from mug.data.errors import DataError
 from mug.data.index import rows
@@ -12,13 +10,7 @@ from mug.data.index.tar_samples import UNUSED, scan_tar
 
 def scan(names: list[str], caption: str | None = None) -> tuple[rows.Scan, bytes]:
     """Of a tar whose files hold their names."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name in names:
-            info = tarfile.TarInfo(name)
-            info.size = len(name)
-            archive.addfile(info, io.BytesIO(name.encode()))
-    data = buffer.getvalue()
+    data = tar_bytes((name, name.encode()) for name in names)
     return scan_tar(lambda offset, length: data[offset : offset + length], len(data), caption=caption), data
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from encoded import one_colour
 from PIL import Image
 
 from mug.data.builders.digits import digit_pairs
@@ -144,10 +145,8 @@ def test_names_as_captions():
 
 
 def test_shuffled_captions_move_together_and_all_of_them(tmp_path):
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(buffer, "PNG")
     samples = [
-        Sample(f"{i}", buffer.getvalue(), "png", f"c{i}" * (i != 3), {"captions": {"de": f"d{i}"}, "label": f"l{i}"})
+        Sample(f"{i}", one_colour(), "png", f"c{i}" * (i != 3), {"captions": {"de": f"d{i}"}, "label": f"l{i}"})
         for i in range(6)
     ]
     list(write_shards(samples, tmp_path, "train-", "tar", 4))

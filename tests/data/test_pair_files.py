@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from pictures import encode, photograph
+from encoded import encode
+from pictures import photograph
 
 from mug.data.builders.raw_pairs import folder_pairs, prepared
 from mug.data.errors import DataError

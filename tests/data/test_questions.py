@@ -1,12 +1,11 @@
 """Questions about images: the values of a batch, a question in many languages, and rows that cannot be used."""
 
-import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from encoded import one_colour
 
 from mug.data.builders.unigram_training import train_unigram
 from mug.data.builders.writers import write_tar
@@ -36,11 +35,10 @@ def shard(path: Path, count: int, change: dict[int, dict] | None = None) -> str:
     """Images of one colour, 10 times their number, of which the odd ones are a `yes`; `change` is of their json."""
     members = []
     for i in range(count):
-        Image.new("RGB", (20, 20), (10 * i,) * 3).save(buffer := io.BytesIO(), "PNG")
         meta = {"label": LABELS[i % 2], "captions": {one: asked(one, i) for one in LANGUAGES}} | (change or {}).get(
             i, {}
         )
-        members += [(f"{i:04d}.json", json.dumps(meta).encode()), (f"{i:04d}.png", buffer.getvalue())]
+        members += [(f"{i:04d}.json", json.dumps(meta).encode()), (f"{i:04d}.png", one_colour((10 * i,) * 3))]
     write_tar(path, members)
     return str(path)
 

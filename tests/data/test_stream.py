@@ -1,6 +1,3 @@
-import hashlib
-import io
-import itertools
 import json
 import os
 import signal
@@ -12,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from encoded import one_colour
+from streams import read_together, rows, take
 
 from mug.data.builders.writers import write_tar
 from mug.data.config import DataConfig
@@ -42,34 +40,8 @@ def open_pairs(config: DataConfig, rank=0, world=1, micro_batch=1, seed=0) -> Tr
     return open_stream({"pairs": StreamConfig(config)}, seed, SHAPE, share)
 
 
-def rows(step: list[dict]) -> list[tuple]:
-    """(position, hash of the image, tokens) of each sample of a step, in order."""
-    return [
-        (int(p), hashlib.sha256(image.numpy().tobytes()).hexdigest(), tuple(tokens.tolist()))
-        for batch in step
-        for image, tokens, p in zip(batch["image"], batch["tokens"], batch["position"], strict=True)
-    ]
-
-
-def take(stream: TrainStream, steps: int) -> list[list[tuple]]:
-    taken = []
-    for step in itertools.islice(stream, steps):
-        taken.append(rows(step))
-        stream.advance()
-    return taken
-
-
 def global_batches(config: DataConfig, world: int, steps: int, state: dict | None = None) -> tuple[list, dict]:
-    """What all ranks together read in each step, by position, and the state after it."""
-    parts, states = [], []
-    for rank in range(world):
-        stream = open_pairs(config, rank, world, micro_batch=GLOBAL_BATCH // world)
-        if state:
-            stream.load_state_dict(state)
-        parts.append(take(stream, steps))
-        states.append(stream.state_dict())
-    assert all(other == states[0] for other in states)
-    return [sorted(itertools.chain(*step)) for step in zip(*parts, strict=True)], states[0]
+    return read_together(lambda rank: open_pairs(config, rank, world, GLOBAL_BATCH // world), world, steps, state)
 
 
 def test_the_form_of_a_step(config):
@@ -98,9 +70,7 @@ def test_a_sample_is_its_own_image_and_caption(config, tmp_path):
     colours = {f"{i:02d}": (7 * i, 3 * i, 255 - i) for i in range(30)}
     members = []
     for key, colour in colours.items():
-        buffer = io.BytesIO()
-        Image.new("RGB", (30, 20), colour).save(buffer, "PNG")
-        members += [(f"{key}.png", buffer.getvalue()), (f"{key}.txt", key.encode())]
+        members += [(f"{key}.png", one_colour(colour, (30, 20))), (f"{key}.txt", key.encode())]
     write_tar(tmp_path / "colours.tar", members)
     config.shards = f"{tmp_path}/colours.tar"
     stream = open_pairs(config)
@@ -164,7 +134,7 @@ def test_prefetching_moves_nothing(config):
     assert stream.next_position == 0
     stream.advance()
     assert stream.next_position == GLOBAL_BATCH
-    assert rows(next(iter(stream)))[0][0] == GLOBAL_BATCH
+    assert rows(next(iter(stream))[0])[0][0] == GLOBAL_BATCH
 
 
 def test_another_seed_is_refused(config):
@@ -300,9 +270,7 @@ def test_one_of_several_captions_is_drawn_again_each_epoch(config, tmp_path):
     captions = {"en": ["picture", "number"], "de": "1 2 3"}
     members = []
     for i in range(40):
-        buffer = io.BytesIO()
-        Image.new("RGB", (20, 20)).save(buffer, "PNG")
-        members += [(f"{i}.png", buffer.getvalue()), (f"{i}.json", json.dumps({"captions": captions}).encode())]
+        members += [(f"{i}.png", one_colour()), (f"{i}.json", json.dumps({"captions": captions}).encode())]
     write_tar(tmp_path / "captions.tar", members)
     config.shards, config.language = f"{tmp_path}/captions.tar", "en,de"
     stream = open_pairs(config)

@@ -1,6 +1,5 @@
 """Texts, translations, images with translations: their values, their languages' turns, and what replaces bad rows."""
 
-import io
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -9,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from encoded import one_colour
 
 from mug.data.builders.unigram_training import train_unigram
 from mug.data.builders.writers import write_tar
@@ -104,8 +103,7 @@ def images(path: Path, count: int, languages=LANGUAGES) -> str:
     """Shard of images of one colour, 10 times their number, each with its captions."""
     members = []
     for i in range(count):
-        Image.new("RGB", (20, 20), (10 * i,) * 3).save(buffer := io.BytesIO(), "PNG")
-        members.append((f"{i:04d}.png", buffer.getvalue()))
+        members.append((f"{i:04d}.png", one_colour((10 * i,) * 3)))
         members.append((f"{i:04d}.json", row_of(i, languages)["json"].encode()))
     write_tar(path, members)
     return str(path)

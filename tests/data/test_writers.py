@@ -1,4 +1,3 @@
-import io
 import json
 import tarfile
 
@@ -7,6 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import webdataset
+from encoded import tar_bytes
 
 from mug.data.builders import writers
 from mug.data.builders.writers import Sample, is_held_out, key_of, write_shards
@@ -142,13 +142,7 @@ def test_long_and_foreign_names(tmp_path):
 def test_plain_names_are_written_as_ustar(tmp_path):
     members = [("a/b.png", b"12"), ("a/b.txt", b"")]
     writers.write_tar(tmp_path / "a.tar", members)
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    assert (tmp_path / "a.tar").read_bytes() == buffer.getvalue()
+    assert (tmp_path / "a.tar").read_bytes() == tar_bytes(members, tarfile.USTAR_FORMAT)
 
 
 def test_the_split_goes_by_the_name_alone():

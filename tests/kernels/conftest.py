@@ -26,19 +26,8 @@ def sizes_of(item: pytest.Item) -> tuple[str, ...]:
 
 
 @pytest.fixture
-def device(monkeypatch) -> str:
-    """Where Triton runs: a GPU, or else its interpreter, fixed.
-
-    Triton 3.6 and 3.7 turn a loop's bound, an array of one element, into an int; numpy 2.4 refuses that.
-    """
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    patch = interpreter._patch_lang_tensor
-
-    def patch_and_repair(tensor, *scope):
-        patch(tensor, *scope)
-        tensor.__index__ = lambda self: int(self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_repair)
+def device(mended_interpreter) -> str:
+    """Where Triton runs: a GPU, or else its interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from plain import VOCABULARY, pairs
 
 from mug.model.objectives.mug import MUG, MUGConfig
 from mug.model.objectives.objective import Context
@@ -28,7 +29,7 @@ MICRO = MUGConfig(
 
 @pytest.fixture(scope="session")
 def vocabulary() -> Vocabulary:
-    return Vocabulary(size=20, pad=0, bos=1, eos=2, mask=3)
+    return VOCABULARY
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +78,12 @@ def make_batch():
         }
 
     return make
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    """Four images, three of them with a caption."""
+    return pairs([6, 1, None, 4])
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,25 @@ Functions take `p`, the parameters by name, and `name`, that of a module. Dimens
 memory, D width, H heads.
 """
 
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
 import torch
+from noise import noisy
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mug.kernels import attention
+from mug.model.objectives.objective import Context, Objective
+from mug.model.presets import Vocabulary, resolve
 
 Parameters = dict[str, Tensor]
-VOCABULARY = 20  # PAD 0, BOS 1, EOS 2, MASK 3
+VOCABULARY = Vocabulary(20, pad=0, bos=1, eos=2, mask=3)
+CONTEXT = Context(seed=5, vocabulary=VOCABULARY)
+ENCODER = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "heads": 2}
 
 
 def parameters(model: nn.Module) -> Parameters:
@@ -16,13 +30,10 @@ def parameters(model: nn.Module) -> Parameters:
     return {name: value.detach().double().requires_grad_() for name, value in model.named_parameters()}
 
 
-def noisy(model: nn.Module) -> nn.Module:
-    """The model with noise on every parameter, so that none is at a neutral start."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-    return model
+def build(objective: type[Objective], sizes: dict, context: Context = CONTEXT) -> Any:
+    """An objective of these sizes, with noise."""
+    torch.manual_seed(0)
+    return noisy(objective(resolve(objective.Config(**sizes)), context))
 
 
 def pairs(words: list[int | None], length: int = 8, size: int = 32) -> dict[str, Tensor]:
@@ -31,7 +42,7 @@ def pairs(words: list[int | None], length: int = 8, size: int = 32) -> dict[str,
     tokens_BT = torch.zeros(len(words), length, dtype=torch.int64)
     for tokens_T, count in zip(tokens_BT, words, strict=True):
         if count is not None:
-            caption = torch.randint(4, VOCABULARY, (count,), generator=generator)
+            caption = torch.randint(4, VOCABULARY.size, (count,), generator=generator)
             tokens_T[: count + 2] = torch.tensor([1, *caption, 2])
     image = torch.randint(0, 256, (len(words), 3, size, size), generator=generator, dtype=torch.uint8)
     return {"image": image, "tokens": tokens_BT, "position": 1000 * torch.arange(len(words)) + 5}
@@ -145,3 +156,28 @@ def assert_micro_batches_add_up(model: nn.Module, batch: dict[str, Tensor], cuts
         assert sum(count[name] for _, count in parts) == counts[name]
         total = sum(losses[name] * count[name] for losses, count in parts) / counts[name]
         torch.testing.assert_close(total, value, rtol=1e-5, atol=1e-6)
+
+
+def assert_captions_are_likeliest(tokens_BT: Tensor, logits_BTV: Tensor) -> None:
+    """Of these captions each token has the highest logit after those before it, but for PAD and BOS."""
+    best_BT = logits_BTV[..., 2:].argmax(-1)[:, :-1] + 2
+    written_BT = tokens_BT[:, 1:] != 0
+    assert torch.equal(best_BT[written_BT], tokens_BT[:, 1:][written_BT])
+
+
+def with_one_loss(whole: Any, loss: str, absent: str) -> Any:
+    """The objective with one of its losses, and the weights of `whole`; it lacks the parameter `absent`."""
+    alone = type(whole)(whole.config, dataclasses.replace(whole.context, losses=(loss,)))
+    names = {name for name, _ in alone.named_parameters()}
+    assert absent not in names and {name for name, _ in whole.named_parameters()} > names
+    alone.load_state_dict({name: value for name, value in whole.state_dict().items() if name in names})
+    return alone
+
+
+@contextmanager
+def counted_flops() -> Iterator[FlopCounterMode]:
+    """Count the FLOP of what is computed; attention by its reference, as PyTorch 2.11 counts no flash attention on
+    CPUs."""
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), FlopCounterMode(display=False) as counter:
+        patch.setattr(attention, "DEFAULT_BACKEND", "reference")
+        yield counter

@@ -1,17 +1,17 @@
 """AIMv2: the formulae of arXiv 2411.14402 in float64, sample by sample; prefixes, what is seen, captions."""
 
-import dataclasses
-
 import pytest
 import torch
 from plain import (
-    VOCABULARY,
+    ENCODER,
+    assert_captions_are_likeliest,
     assert_micro_batches_add_up,
     assert_same_losses_and_gradients,
     block,
+    build,
+    counted_flops,
     encode,
     linear,
-    noisy,
     norm,
     pairs,
     parameters,
@@ -19,27 +19,18 @@ from plain import (
     prefix_mask,
     rows,
     standardized,
+    with_one_loss,
 )
-from torch.utils.flop_counter import FlopCounterMode
 
-from mug.kernels import attention
 from mug.model.objectives.aimv2 import AIMv2, AIMv2Config
-from mug.model.objectives.objective import Captions, Context, ObjectiveError
-from mug.model.presets import ModelConfigError, Vocabulary, resolve
+from mug.model.objectives.objective import Captions, ObjectiveError
+from mug.model.presets import ModelConfigError, resolve
 
-SIZES = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "heads": 2}
-SIZES |= {"text_width": 16, "text_heads": 2, "text_layers": 2, "text_length": 8}
-CONTEXT = Context(seed=5, vocabulary=Vocabulary(size=VOCABULARY, pad=0, bos=1, eos=2, mask=3))
+SIZES = ENCODER | {"text_width": 16, "text_heads": 2, "text_layers": 2, "text_length": 8}
 
 
 def make(**options) -> AIMv2:
-    torch.manual_seed(0)
-    return noisy(AIMv2(resolve(AIMv2Config(**SIZES | options)), CONTEXT))
-
-
-@pytest.fixture
-def batch() -> dict[str, torch.Tensor]:
-    return pairs([6, 1, None, 4])
+    return build(AIMv2, SIZES | options)
 
 
 def expected(model: AIMv2, p: dict, batch: dict) -> dict[str, torch.Tensor]:
@@ -106,9 +97,7 @@ def test_captions_are_what_the_decoder_finds_most_likely(batch):
     assert isinstance(model, Captions) and model.check_captions() is None
     tokens_BT, memory_BLD = model.caption(batch["image"]).clone(), model.encoder(batch["image"])
     logits_BTV = model.decoder.head(model.decoder(tokens_BT, memory_BLD)[:, 17:])
-    logits_BTV[..., :2] = -torch.inf  # PAD and BOS are never written
-    written_BT = tokens_BT[:, 1:] != 0
-    assert torch.equal(logits_BTV[:, :-1].argmax(-1)[written_BT], tokens_BT[:, 1:][written_BT])
+    assert_captions_are_likeliest(tokens_BT, logits_BTV)
 
     def mean_log_p(tokens_BT):
         logits = model.decoder.head(model.decoder(tokens_BT, memory_BLD)[:, 17:])
@@ -124,10 +113,7 @@ def test_captions_are_what_the_decoder_finds_most_likely(batch):
 @pytest.mark.parametrize(("loss", "absent"), [("pixels", "decoder.head.weight"), ("caption", "decoder.pred.weight")])
 def test_a_head_that_does_not_train_is_not_built(batch, loss, absent):
     whole = make()
-    alone = AIMv2(whole.config, dataclasses.replace(CONTEXT, losses=(loss,)))
-    names = set(dict(alone.named_parameters()))
-    assert absent not in names and set(dict(whole.named_parameters())) > names
-    alone.load_state_dict({name: value for name, value in whole.state_dict().items() if name in names})
+    alone = with_one_loss(whole, loss, absent)
     losses, _ = alone(batch)
     assert list(losses) == list(alone.counts(batch)) == [loss]
     torch.testing.assert_close(losses[loss], whole(batch)[0][loss])  # the image sees no token
@@ -139,11 +125,10 @@ def test_a_head_that_does_not_train_is_not_built(batch, loss, absent):
             alone.check_captions()
 
 
-def test_flops_are_those_that_pytorch_counts_less_what_masks_hide(monkeypatch):
-    monkeypatch.setattr(attention, "DEFAULT_BACKEND", "reference")  # PyTorch 2.11 counts no flash attention on CPUs
+def test_flops_are_those_that_pytorch_counts_less_what_masks_hide():
     model, batch = make(), pairs([6, 6])  # captions that fill the text length: nothing is padding
     prefix_B = model.prefix(batch["position"])
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with counted_flops() as counter:
         encoded = model.encoder(batch["image"])
         hidden = model.decoder(batch["tokens"], encoded)
         for b, prefix in enumerate(prefix_B):

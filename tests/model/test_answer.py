@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 import unix2 as oracle
-from plain import encode, linear, noisy, parameters
+from noise import noisy
+from plain import encode, linear, parameters
 from torch import Tensor, nn
 from unix2 import SIZES, VOCABULARY, batch_at
 

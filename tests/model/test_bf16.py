@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mug.model.activation_checkpointing import activation_checkpointing as set_policy
-from mug.model.generate import beam_search, greedy
+from mug.model.generate import write
 from mug.model.objectives.classify import Classify, ClassifyConfig
 from mug.model.objectives.objective import Context
 from mug.model.presets import resolve
@@ -74,7 +74,7 @@ def test_captions_and_reconstructions(make_model, make_batch):
     model = cast(copy.deepcopy(exact))
     memory_BLD = model.encoder(batch["image"])
     parts = model.text_decoder, model.vocabulary, memory_BLD
-    for tokens_BT in (greedy(*parts), beam_search(*parts, beams=2)):
+    for tokens_BT in (write(*parts), write(*parts, beams=2)):
         assert tokens_BT.shape == (2, model.config.text_length) and (tokens_BT[:, 0] == model.vocabulary.bos).all()
     painted, truth = (m.reconstruct(batch["image"], batch["position"])[1].int() for m in (model, exact))
     assert (painted - truth).abs().max() <= 3 < (truth - batch["image"]).abs().max()

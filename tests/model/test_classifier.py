@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import timm
 import torch
+from noise import noisy
 from torch import nn
 
 from mug.model.encoder import Encoder
@@ -21,11 +22,7 @@ MEAN, STD = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.
 def classifier(pool: str, drop_path: float = 0.0) -> Classify:
     torch.manual_seed(0)
     config = resolve(ClassifyConfig(**SIZES, pool=pool, drop_path=drop_path))
-    model = Classify(config, Context(seed=5, class_names=tuple("abcdefg")))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
+    return noisy(Classify(config, Context(seed=5, class_names=tuple("abcdefg"))), alpha=0.1)
 
 
 def batch(count: int = 6) -> dict[str, torch.Tensor]:

@@ -2,26 +2,23 @@
 
 import pytest
 import torch
+from plain import CONTEXT, ENCODER, pairs
 
 from mug.model.objectives.clip import CLIP, CLIPConfig
-from mug.model.objectives.objective import Context
-from mug.model.presets import Vocabulary, resolve
+from mug.model.presets import resolve
 
-SIZES = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "heads": 2}
-SIZES |= {"text_width": 32, "text_heads": 2, "text_layers": 2, "text_length": 8, "embedding_width": 16}
+SIZES = ENCODER | {"text_width": 32, "text_heads": 2, "text_layers": 2, "text_length": 8, "embedding_width": 16}
 
 
 @pytest.fixture
 def model() -> CLIP:
     torch.manual_seed(0)
-    return CLIP(resolve(CLIPConfig(**SIZES)), Context(vocabulary=Vocabulary(20, pad=0, bos=1, eos=2, mask=3)))
+    return CLIP(resolve(CLIPConfig(**SIZES)), CONTEXT)
 
 
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
-    image = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.manual_seed(1))
-    tokens = torch.tensor([[1, 5, 6, 2, 0, 0], [1, 7, 2, 0, 0, 0], [1, 8, 9, 10, 11, 2], [1, 12, 5, 2, 0, 0]])
-    return {"image": image, "tokens": tokens, "position": torch.arange(4)}
+    return pairs([2, 1, 4, 2], length=6)
 
 
 def test_the_loss_and_every_gradient_are_open_clips(model, batch):

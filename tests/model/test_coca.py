@@ -4,31 +4,23 @@ import dataclasses
 
 import pytest
 import torch
+from plain import CONTEXT, ENCODER, build, pairs
 
 from mug.model.objectives.coca import CoCa, CoCaConfig
 from mug.model.objectives.objective import Captions, Context, EmbedsPairs, ObjectiveError
 from mug.model.presets import Vocabulary, resolve
 
-SIZES = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "heads": 2, "image_queries": 5}
-SIZES |= {"text_width": 48, "text_heads": 2, "text_unimodal_layers": 2, "text_cross_layers": 2, "text_length": 8}
-CONFIG = resolve(CoCaConfig(**SIZES, embedding_width=16))
-CONTEXT = Context(vocabulary=Vocabulary(20, pad=0, bos=1, eos=2, mask=3))
+SIZES = ENCODER | {"image_queries": 5, "embedding_width": 16, "text_width": 48, "text_heads": 2, "text_length": 8}
+SIZES |= {"text_unimodal_layers": 2, "text_cross_layers": 2}
 
 
 def make(context: Context = CONTEXT) -> CoCa:
-    torch.manual_seed(0)
-    model = CoCa(CONFIG, context)
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms leave their neutral start
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return model
+    return build(CoCa, SIZES, context)
 
 
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
-    image = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.manual_seed(1))
-    tokens = torch.tensor([[1, 5, 6, 2, 0, 0], [1, 7, 2, 0, 0, 0], [1, 8, 9, 10, 11, 2], [1, 12, 5, 2, 0, 0]])
-    return {"image": image, "tokens": tokens, "position": torch.arange(4)}
+    return pairs([2, 1, 4, 2], length=6)
 
 
 def logits_of(model: CoCa, batch: dict[str, torch.Tensor]) -> torch.Tensor:

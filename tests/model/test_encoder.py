@@ -4,7 +4,8 @@ import plain
 import pytest
 import timm
 import torch
-from plain import noisy, prefix_mask
+from noise import noisy
+from plain import prefix_mask
 
 from mug.model.positions import sincos_2d
 from mug.model.vit import Block

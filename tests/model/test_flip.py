@@ -2,17 +2,15 @@
 
 import pytest
 import torch
+from plain import CONTEXT, ENCODER, pairs
 
 from mug.model import flops
 from mug.model.contrastive import pair_loss
 from mug.model.objectives.clip import CLIP, CLIPConfig
 from mug.model.objectives.flip import FLIP, FLIPConfig
-from mug.model.objectives.objective import Context
-from mug.model.presets import Vocabulary, resolve
+from mug.model.presets import resolve
 
-SIZES = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "heads": 2}
-SIZES |= {"text_width": 32, "text_heads": 2, "text_layers": 2, "text_length": 8, "embedding_width": 16}
-CONTEXT = Context(seed=3, vocabulary=Vocabulary(20, pad=0, bos=1, eos=2, mask=3))
+SIZES = ENCODER | {"text_width": 32, "text_heads": 2, "text_layers": 2, "text_length": 8, "embedding_width": 16}
 
 
 def make(mask_ratio: float) -> FLIP:
@@ -22,9 +20,7 @@ def make(mask_ratio: float) -> FLIP:
 
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
-    image = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.manual_seed(1))
-    tokens = torch.tensor([[1, 5, 6, 2, 0, 0], [1, 7, 2, 0, 0, 0], [1, 8, 9, 10, 11, 2]])
-    return {"image": image, "tokens": tokens, "position": torch.tensor([7, 2**40, 9])}
+    return pairs([2, 1, 4], length=6) | {"position": torch.tensor([7, 2**40, 9])}
 
 
 @pytest.mark.parametrize(("mask_ratio", "seen"), [(0.5, 8), (0.75, 4)])

@@ -9,20 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mug.kernels import attention, attention_backends, masked_patch_loss
 from mug.model import text_decoder
 
+pytestmark = pytest.mark.usefixtures("mended_interpreter")
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU Triton does not take CPU tensors")
-
-
-@pytest.fixture(autouse=True)
-def mended_interpreter(monkeypatch):
-    """Triton 3.6 and 3.7 turn a loop's bound, an array of one element, into an int; numpy 2.4 refuses that."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    patch = interpreter._patch_lang_tensor
-
-    def patch_and_repair(tensor, *scope):
-        patch(tensor, *scope)
-        tensor.__index__ = lambda self: int(self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_repair)
 
 
 def train(make_model, make_batch, steps: int, device: str = "cpu") -> list[tuple[float, float]]:

@@ -3,31 +3,28 @@
 import pytest
 import torch
 from plain import (
+    ENCODER,
     assert_micro_batches_add_up,
     assert_same_losses_and_gradients,
     block,
+    build,
+    counted_flops,
     encode,
     linear,
-    noisy,
     norm,
     pairs,
     parameters,
 )
-from torch.utils.flop_counter import FlopCounterMode
 
-from mug.kernels import attention
 from mug.model.momentum import student_names
 from mug.model.objectives.ijepa import IJEPA, IJEPAConfig
-from mug.model.objectives.objective import Context
 from mug.model.presets import ModelConfigError, resolve
 
-SIZES = {"image_size": 48, "patch_size": 8, "width": 32, "depth": 2, "heads": 2}
-SIZES |= {"predictor_width": 16, "predictor_depth": 2}
+SIZES = ENCODER | {"image_size": 48, "predictor_width": 16, "predictor_depth": 2}
 
 
 def make(**options) -> IJEPA:
-    torch.manual_seed(0)
-    return noisy(IJEPA(resolve(IJEPAConfig(**SIZES | options)), Context(seed=5)))
+    return build(IJEPA, SIZES | options)
 
 
 @pytest.fixture
@@ -141,8 +138,7 @@ def test_std_tells_a_collapsed_encoder(batch):
     assert model(batch)[1]["std/latents"].item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_flops_are_those_that_pytorch_counts_without_padding(monkeypatch, batch):
-    monkeypatch.setattr(attention, "DEFAULT_BACKEND", "reference")  # PyTorch 2.11 counts no flash attention on CPUs
+def test_flops_are_those_that_pytorch_counts_without_padding(batch):
     model = make()
     masks, total = model.masks(batch["position"]), 0
     for b, count in enumerate(masks.target_B):
@@ -154,10 +150,10 @@ def test_flops_are_those_that_pytorch_counts_without_padding(monkeypatch, batch)
             target_B=masks.target_B[b : b + 1],
         )
         image = batch["image"][b : b + 1]
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with counted_flops() as counter:
             model.predictor(model.context_encoder(image, context_K), alone)
         total += 3 * counter.get_total_flops()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with counted_flops() as counter:
             model.encoder(image)
         total += counter.get_total_flops()
     assert model.flops(batch) == pytest.approx(total, rel=1e-9)

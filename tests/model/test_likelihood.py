@@ -4,35 +4,31 @@ import dataclasses
 
 import pytest
 import torch
-from plain import VOCABULARY, noisy, pairs
+from plain import build, pairs
 
 from mug.model.multilingual import fused_rows
 from mug.model.objectives.objective import (
     Captions,
-    Context,
     Objective,
     ScoresCaptions,
     ShowsAttention,
     find_objective,
     objective_names,
 )
-from mug.model.presets import Vocabulary, resolve
 
 SIZES = {"image_size": 16, "patch_size": 4, "width": 16, "heads": 2, "depth": 2}
 SIZES |= {"pixel_width": 16, "pixel_depth": 1, "pixel_heads": 2, "text_width": 16, "text_heads": 2, "text_length": 8}
 SIZES |= {"text_unimodal_layers": 1, "text_cross_layers": 1, "text_layers": 1, "embedding_width": 8}
 SIZES |= {"fusion_layers": 1, "decoder_layers": 1}
 SIZES |= {"image_queries": 4, "parallel_share": 0.0, "kept_tokens": 1.0}  # in training, too, captions are of all tokens
-CONTEXT = Context(seed=3, vocabulary=Vocabulary(VOCABULARY, pad=0, bos=1, eos=2, mask=3))
 WRITERS = [name for name in objective_names() if hasattr(find_objective(name), "caption")]
 
 
 def make(name: str, **options) -> Objective:
     objective = find_objective(name)
     known = {field.name for field in dataclasses.fields(objective.Config)}
-    config = objective.Config(**{size: value for size, value in (SIZES | options).items() if size in known})
-    torch.manual_seed(0)
-    return noisy(objective(resolve(config), CONTEXT)).eval()
+    sizes = {size: value for size, value in (SIZES | options).items() if size in known}
+    return build(objective, sizes).eval()
 
 
 def hidden(model: Objective, name: str, image: torch.Tensor, text_1T: torch.Tensor) -> torch.Tensor:

@@ -1,43 +1,34 @@
 """M3AE: the formulae of arXiv 2205.14204 in float64, sample by sample; masks, counts, and samples without caption."""
 
-import dataclasses
-
 import pytest
 import torch
 from plain import (
-    VOCABULARY,
+    ENCODER,
     assert_micro_batches_add_up,
     assert_same_losses_and_gradients,
     block,
+    build,
+    counted_flops,
     encode,
     linear,
-    noisy,
     norm,
     pairs,
     parameters,
     patches,
     rows,
+    with_one_loss,
 )
-from torch.utils.flop_counter import FlopCounterMode
 
-from mug.kernels import attention
 from mug.model.objectives.m3ae import M3AE, M3AEConfig
-from mug.model.objectives.objective import Context, Reconstructs
-from mug.model.presets import ModelConfigError, Vocabulary, resolve
+from mug.model.objectives.objective import Reconstructs
+from mug.model.presets import ModelConfigError, resolve
 
-SIZES = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "heads": 2, "text_length": 8}
+SIZES = ENCODER | {"text_length": 8}
 SIZES |= {"pixel_width": 16, "pixel_depth": 1, "pixel_heads": 2, "mask_ratio": 0.5, "word_mask_ratio": 0.6}
-CONTEXT = Context(seed=5, vocabulary=Vocabulary(size=VOCABULARY, pad=0, bos=1, eos=2, mask=3))
 
 
 def make(**options) -> M3AE:
-    torch.manual_seed(0)
-    return noisy(M3AE(resolve(M3AEConfig(**SIZES | options)), CONTEXT))
-
-
-@pytest.fixture
-def batch() -> dict[str, torch.Tensor]:
-    return pairs([6, 1, None, 4])
+    return build(M3AE, SIZES | options)
 
 
 def expected(model: M3AE, p: dict, batch: dict) -> dict[str, torch.Tensor]:
@@ -122,21 +113,17 @@ def test_an_image_is_reconstructed_as_a_sample_without_caption(batch):
 @pytest.mark.parametrize(("loss", "absent"), [("pixels", "decoder.head.weight"), ("caption", "decoder.pred.weight")])
 def test_a_head_that_does_not_train_is_not_built(batch, loss, absent):
     whole = make()
-    alone = M3AE(whole.config, dataclasses.replace(CONTEXT, losses=(loss,)))
-    names = set(dict(alone.named_parameters()))
-    assert absent not in names and set(dict(whole.named_parameters())) > names
-    alone.load_state_dict({name: value for name, value in whole.state_dict().items() if name in names})
+    alone = with_one_loss(whole, loss, absent)
     losses, _ = alone(batch)
     assert list(losses) == list(alone.counts(batch)) == [loss] and torch.equal(losses[loss], whole(batch)[0][loss])
     masked, painted = alone.reconstruct(batch["image"], batch["position"])
     assert torch.equal(masked, painted) == (loss == "caption")
 
 
-def test_flops_are_those_that_pytorch_counts(monkeypatch):
-    monkeypatch.setattr(attention, "DEFAULT_BACKEND", "reference")  # PyTorch 2.11 counts no flash attention on CPUs
+def test_flops_are_those_that_pytorch_counts():
     model = make(word_mask_ratio=0.5)
     batch = model.prepare(rows(pairs([6, 6]), 0, 1))  # captions that fill the text length: nothing is padding
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with counted_flops() as counter:
         model(batch)
     assert model.flops(batch) == pytest.approx(3 * counter.get_total_flops(), rel=1e-9)
 

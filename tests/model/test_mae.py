@@ -4,53 +4,28 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import ViTMAEConfig, ViTMAEForPreTraining
+from plain import ENCODER, build, pairs
+from test_interchange import vitmae_config
+from transformers import ViTMAEForPreTraining
 
 from mug.model import interchange
 from mug.model.objectives.mae import MAE
-from mug.model.objectives.objective import Context
-from mug.model.presets import PixelDecoderConfig, resolve
 
-SIZES = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "heads": 2}
-SIZES |= {"pixel_width": 32, "pixel_depth": 1, "pixel_heads": 2}
+SIZES = ENCODER | {"pixel_width": 32, "pixel_depth": 1, "pixel_heads": 2}
 
 
 @pytest.fixture(params=[True, False], ids=["normalised patches", "raw patches"])
 def model(request) -> MAE:
-    config = resolve(PixelDecoderConfig(**SIZES, normalize_patches=request.param))
-    torch.manual_seed(0)
-    model = MAE(config, Context(seed=5))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    return model.eval()
+    return build(MAE, SIZES | {"normalize_patches": request.param}).eval()
 
 
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
-    image = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.manual_seed(1))
-    return {"image": image, "position": torch.tensor([4, 9, 70])}
+    return pairs([None] * 3)
 
 
 def vitmae(model: MAE) -> ViTMAEForPreTraining:
-    c = model.config
-    theirs = ViTMAEForPreTraining(
-        ViTMAEConfig(
-            hidden_size=c.width,
-            num_hidden_layers=c.depth,
-            num_attention_heads=c.heads,
-            intermediate_size=4 * c.width,
-            image_size=c.image_size,
-            patch_size=c.patch_size,
-            decoder_hidden_size=c.pixel_width,
-            decoder_num_hidden_layers=c.pixel_depth,
-            decoder_num_attention_heads=c.pixel_heads,
-            decoder_intermediate_size=4 * c.pixel_width,
-            mask_ratio=c.mask_ratio,
-            norm_pix_loss=c.normalize_patches,
-            layer_norm_eps=1e-6,
-        )
-    )
+    theirs = ViTMAEForPreTraining(vitmae_config(model.config))
     names = interchange.as_mae(theirs.state_dict())
     ours = interchange.to_mae(model)
     assert {name: value.shape for name, value in names.items()} == {name: value.shape for name, value in ours.items()}

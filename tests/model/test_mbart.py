@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from plain import noisy
+from noise import noisy
 from torch import nn
 from transformers import MBartConfig, MBartForConditionalGeneration
 
-from mug.model.generate import beam_search, greedy
+from mug.model.generate import write
 from mug.model.interchange import load_mbart
 from mug.model.multilingual import MultilingualConfig
 from mug.model.objectives.objective import Context
@@ -94,11 +94,11 @@ def test_beams_are_transformers(opinionated, first, forced, beams):
     )
     memory = torch.zeros(32, 7, WIDTH)
     memory[seen] = model.text_encoder(source, pack(lengths, 7, 0))
-    ours = beam_search(model.decoder, model.vocabulary, memory, beams, first, lengths)
+    ours = write(model.decoder, model.vocabulary, memory, beams, first, lengths)
     assert torch.equal(ours[:, : theirs.shape[1]], theirs) and (ours[:, theirs.shape[1] :] == 1).all()
     assert (theirs[:, : len(first)] == torch.tensor(first)).all()
     assert len((theirs != 1).sum(1).unique()) > 2, "they end early and late"
-    assert not torch.equal(greedy(model.decoder, model.vocabulary, memory, first, lengths), ours)
+    assert not torch.equal(write(model.decoder, model.vocabulary, memory, 1, first, lengths), ours)
 
 
 def test_the_fusion_encoder_is_a_second_copy_of_the_encoder(mbart):

@@ -2,17 +2,17 @@
 
 import pytest
 import torch
+from plain import ENCODER, VOCABULARY
 from torch.nn.functional import normalize
 from two_views import SIZES, assert_value_and_gradients, in_float64, nt_xent, tokens_of, unit, views_batch
 
 from mug.model.objectives.clip import CLIP, CLIPConfig
 from mug.model.objectives.objective import Context
 from mug.model.objectives.slip import SLIP, SLIPConfig
-from mug.model.presets import ModelConfigError, Vocabulary, resolve
+from mug.model.presets import ModelConfigError, resolve
 
 TEXT = {"text_width": 32, "text_heads": 2, "text_layers": 2, "text_length": 8, "embedding_width": 16}
-VOCABULARY = Vocabulary(20, pad=0, bos=1, eos=2, mask=3)
-CLIPS = {name: value for name, value in SIZES.items() if not name.startswith("proj")} | TEXT
+CLIPS = ENCODER | TEXT
 
 
 def make(*losses: str) -> SLIP:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import unix2 as oracle
-from plain import encode, noisy, parameters
+from noise import noisy
+from plain import encode, parameters
 from torch import Tensor
 from unix2 import KINDS, VOCABULARY, batch_at, make
 
@@ -278,7 +279,7 @@ def test_captions_are_written_as_they_were_learned(languages):
     """From the image and an empty text of the language; the words have the highest logits, all read at once."""
     model = noisy(make())
     if not languages:
-        model.vocabulary = Vocabulary(30, pad=0, bos=1, eos=2, mask=3)
+        model.context = Context(seed=SEED, vocabulary=Vocabulary(30, pad=0, bos=1, eos=2, mask=3))
     assert isinstance(model, CaptionsInLanguages) and isinstance(model, EmbedsPairs)
     image, p = batch_at("pairs", [1, 2, 3])["image"], parameters(model)
     first = [4, 5] if languages else [1, 1]

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from mug.model.generate import beam_search, greedy, word_attention
+from mug.model.generate import Writer, beam_search, word_attention, write
 from mug.model.presets import Vocabulary
 
 
@@ -36,6 +36,10 @@ def sharp(make_model):
     return make
 
 
+def caption(model, memory, beams=1):
+    return write(model.text_decoder, model.vocabulary, memory, beams)
+
+
 def memory_of(model, B, seed=0):
     return torch.randn(B, 5, model.config.width, generator=torch.Generator().manual_seed(seed))
 
@@ -44,7 +48,7 @@ def memory_of(model, B, seed=0):
 def test_greedy_takes_the_likeliest_token_at_every_step(sharp):
     model = sharp()
     memory = memory_of(model, 40)
-    tokens = greedy(model.text_decoder, model.vocabulary, memory)
+    tokens = caption(model, memory)
     likeliest = step_log_p(model, tokens, memory).argmax(-1)
     ended = 0
     for row, best in zip(tokens.tolist(), likeliest.tolist(), strict=True):
@@ -60,10 +64,8 @@ def test_greedy_takes_the_likeliest_token_at_every_step(sharp):
 def test_one_beam_is_greedy(sharp):
     model = sharp()
     memory = memory_of(model, 40)
-    assert torch.equal(
-        beam_search(model.text_decoder, model.vocabulary, memory, 1),
-        greedy(model.text_decoder, model.vocabulary, memory),
-    )
+    writer = Writer(model.text_decoder, model.vocabulary, memory)
+    assert torch.equal(beam_search(writer, 1), caption(model, memory))
 
 
 @torch.inference_mode()
@@ -80,8 +82,8 @@ def test_as_many_beams_as_captions_find_the_best_of_all(sharp, seed):
     memory = memory_of(model, 16, seed)
     scores = torch.stack([mean_log_p(model, captions, m.expand(len(captions), -1, -1)) for m in memory])
     best = captions[scores.argmax(1)]
-    assert torch.equal(beam_search(model.text_decoder, model.vocabulary, memory, toy.size**3), best)
-    assert not torch.equal(greedy(model.text_decoder, model.vocabulary, memory), best)
+    assert torch.equal(caption(model, memory, toy.size**3), best)
+    assert not torch.equal(caption(model, memory), best)
 
 
 def beams_by_hand(model, memory, beams: int) -> list[int]:
@@ -107,10 +109,7 @@ def beams_by_hand(model, memory, beams: int) -> list[int]:
 def test_beams_are_those_of_a_search_over_lists(sharp, beams):
     model = sharp()
     memory = memory_of(model, 12)
-    found = [
-        [token for token in row if token]
-        for row in beam_search(model.text_decoder, model.vocabulary, memory, beams).tolist()
-    ]
+    found = [[token for token in row if token] for row in caption(model, memory, beams).tolist()]
     assert found == [beams_by_hand(model, memory[b : b + 1], beams) for b in range(12)]
     assert len({len(caption) for caption in found}) > 1
 
@@ -120,10 +119,8 @@ def test_images_do_not_disturb_each_other(sharp):
     model = sharp()
     memory = memory_of(model, 8)
     for beams in (2, 4):
-        together = beam_search(model.text_decoder, model.vocabulary, memory, beams)
-        alone = torch.cat(
-            [beam_search(model.text_decoder, model.vocabulary, memory[b : b + 1], beams) for b in range(8)]
-        )
+        together = caption(model, memory, beams)
+        alone = torch.cat([caption(model, memory[b : b + 1], beams) for b in range(8)])
         assert torch.equal(together, alone)
     assert len(together.unique(dim=0)) > 1
 
@@ -132,10 +129,7 @@ def test_images_do_not_disturb_each_other(sharp):
 def test_more_beams_find_better_captions_on_average(sharp):
     model = sharp()
     memory = memory_of(model, 40)
-    scores = [
-        mean_log_p(model, beam_search(model.text_decoder, model.vocabulary, memory, beams), memory).mean()
-        for beams in (1, 4, 16)
-    ]
+    scores = [mean_log_p(model, caption(model, memory, beams), memory).mean() for beams in (1, 4, 16)]
     assert scores[0] < scores[1] < scores[2]
 
 
@@ -148,10 +142,7 @@ def test_neither_pad_nor_bos_is_ever_written(sharp):
     memory = memory_of(model, 3)
     raw = model.text_decoder.head(model.text_decoder(torch.tensor([[1]]).expand(3, -1), memory))
     assert set(raw.topk(2).indices.flatten().tolist()) == {0, 1}  # the model itself wants nothing else
-    for tokens in (
-        greedy(model.text_decoder, model.vocabulary, memory),
-        beam_search(model.text_decoder, model.vocabulary, memory, 3),
-    ):
+    for tokens in (caption(model, memory), caption(model, memory, 3)):
         for row in tokens.tolist():
             end = row.index(2) if 2 in row else len(row) - 1
             assert not {0, 1} & set(row[1 : end + 1])

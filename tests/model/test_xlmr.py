@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from plain import noisy
+from noise import noisy
 from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM, XLMRobertaModel
 
 from mug.model.interchange import load_language_model, load_xlmr

@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from plain import ENCODER
 from torch import Tensor, nn
 
 from mug.model.augment import augment_views
 from mug.model.objectives.objective import Objective
 
-SIZES = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "heads": 2}
-SIZES |= {"projector_width": 24, "projection_width": 16}
+SIZES = ENCODER | {"projector_width": 24, "projection_width": 16}
 
 
 def views_batch(samples: int = 12, views: int = 2) -> dict[str, Tensor]:

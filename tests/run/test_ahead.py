@@ -2,25 +2,14 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from mug.data.errors import DataError
 from mug.run.cluster import hardware
 from mug.run.cluster.ahead import Ahead
-from mug.run.common import rank_env as places
 from mug.run.training.step import train_step
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def one_rank():
-    port = places.free_port()
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_rank")]
 
 
 class Sum(nn.Module):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import io
 import json
 import os
 import re
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from commands import run_script
+from encoded import encode
 from PIL import Image
 from train_commands import parse
 
@@ -320,9 +320,7 @@ def test_a_picture_in_the_pool_is_found_by_bytes_and_by_looks(small):
     def picture(size: int = 64, form: str = "PNG", seed: int | None = 0) -> bytes:
         cells = np.full((9, 9), 200) if seed is None else np.random.default_rng(seed).integers(0, 255, (9, 9))
         image = Image.fromarray(cells.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
-        buffer = io.BytesIO()
-        image.save(buffer, form)
-        return buffer.getvalue()
+        return encode(image, form)
 
     for name, split, images in (
         ("drawings", "train", [picture(), picture(seed=1), picture(seed=None)]),

@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 import webdataset
 from commands import run_script
+from encoded import encode
 from PIL import Image
 
 from mug.data.builders.raw_pairs import parquet_pairs
@@ -24,10 +25,11 @@ def build(*arguments: object) -> subprocess.CompletedProcess:
     return run_script("run/build_shards.py", *arguments)
 
 
-def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
+def built(*arguments: object) -> str:
+    """Returns what a build says that ends well."""
+    done = build(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def read(folder: Path, split: str = "train") -> dict[str, dict]:
@@ -42,11 +44,11 @@ def photos(tmp_path) -> Path:
     folder = tmp_path / "photos"
     for label in ("cats/black", "dogs"):
         (folder / label).mkdir(parents=True)
-    (folder / "a.v2.png").write_bytes(encoded(Image.new("RGB", (40, 30), "red")))
+    (folder / "a.v2.png").write_bytes(encode(Image.new("RGB", (40, 30), "red")))
     (folder / "a.v2.txt").write_bytes(b"caf\xc3\xa9 \xff\0")
-    (folder / "cats/black/1.JPG").write_bytes(encoded(Image.new("RGB", (200, 100), "blue"), "JPEG"))
+    (folder / "cats/black/1.JPG").write_bytes(encode(Image.new("RGB", (200, 100), "blue"), "JPEG"))
     (folder / "cats/black/1.json").write_text('{"captions": {"de": "Katze"}, "caption": "a cat", "width": 9}')
-    (folder / "dogs/2.webp").write_bytes(encoded(Image.new("RGB", (20, 20)), "WEBP"))
+    (folder / "dogs/2.webp").write_bytes(encode(Image.new("RGB", (20, 20)), "WEBP"))
     (folder / "dogs/2.json").write_text('{"label": "poodle", "x": [')
     (folder / "dogs/3.png").write_bytes(b"<html>")
     (folder / "dogs/notes.txt").write_text("no image")
@@ -54,9 +56,7 @@ def photos(tmp_path) -> Path:
 
 
 def test_a_folder(photos, tmp_path):
-    done = build("folder", photos, "--out", tmp_path / "out", "--held_out", "0")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = built("folder", photos, "--out", tmp_path / "out", "--held_out", "0").splitlines()
     assert lines[-1] == (
         "3 pairs, 2 with a caption; left out: 1 images that cannot be used, the first 'dogs/3': "
         f"not PNG, JPEG, WebP, GIF, BMP or TIFF; 1 .txt files without an image, the first '{photos}/dogs/notes.txt'"
@@ -82,12 +82,11 @@ def test_large_images_shrink_as_jpeg(tmp_path):
     turned = Image.new("RGB", (200, 100), "blue")
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
-    (folder / "turned.jpg").write_bytes(encoded(turned, "JPEG", exif=exif))
-    (folder / "clear.png").write_bytes(encoded(Image.new("RGBA", (300, 90), (0, 0, 0, 0))))
-    (folder / "grey16.png").write_bytes(encoded(Image.fromarray(np.full((90, 90), 128 << 8, np.uint16))))
-    (folder / "small.png").write_bytes(encoded(Image.new("RGB", (64, 10))))
-    done = build("folder", folder, "--out", tmp_path / "out", "--held_out", "0", "--image_size", "64")
-    assert done.returncode == 0, done.stderr
+    (folder / "turned.jpg").write_bytes(encode(turned, "JPEG", exif=exif))
+    (folder / "clear.png").write_bytes(encode(Image.new("RGBA", (300, 90), (0, 0, 0, 0))))
+    (folder / "grey16.png").write_bytes(encode(Image.fromarray(np.full((90, 90), 128 << 8, np.uint16))))
+    (folder / "small.png").write_bytes(encode(Image.new("RGB", (64, 10))))
+    built("folder", folder, "--out", tmp_path / "out", "--held_out", "0", "--image_size", "64")
     pairs = read(tmp_path / "out")
     assert pairs["small"]["png"] == (folder / "small.png").read_bytes()
     images = {key: Image.open(io.BytesIO(pair["jpg"])) for key, pair in pairs.items() if "jpg" in pair}
@@ -103,12 +102,11 @@ def test_the_split_and_the_formats(tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(40):
         noise = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        (tmp_path / f"in/{i:02d}.png").write_bytes(encoded(Image.fromarray(noise)))
+        (tmp_path / f"in/{i:02d}.png").write_bytes(encode(Image.fromarray(noise)))
         (tmp_path / f"in/{i:02d}.txt").write_text(f"picture {i}")
     share = ("--held_out", "0.3", "--samples_per_shard", "20")
     for format in ("tar", "arrow", "parquet"):
-        done = build("folder", tmp_path / "in", "--out", tmp_path / format, "--format", format, *share)
-        assert done.returncode == 0, done.stderr
+        built("folder", tmp_path / "in", "--out", tmp_path / format, "--format", format, *share)
     train, held_out = read(tmp_path / "tar"), read(tmp_path / "tar", "held_out")
     assert sorted([*train, *held_out]) == [f"{i:02d}" for i in range(40)] and 4 < len(held_out) < 20
     for split, samples in (("train", train), ("held_out", held_out)):
@@ -127,7 +125,7 @@ def parquet_of(path: Path, **columns) -> Path:
 
 
 def test_parquet_of_bytes(tmp_path):
-    images = [encoded(Image.new("RGB", (8 + i, 8))) for i in range(4)]
+    images = [encode(Image.new("RGB", (8 + i, 8))) for i in range(4)]
     (tmp_path / "in").mkdir()
     parquet_of(
         tmp_path / "in/0.parquet",
@@ -140,9 +138,8 @@ def test_parquet_of_bytes(tmp_path):
     )
     datasets = [{"bytes": image, "path": None} for image in images[2:]]  # as Hugging Face datasets write them
     parquet_of(tmp_path / "in/1.parquet", image=datasets, text=["third", None], label=[7, 8], json=['{"a": [1]}', "["])
-    done = build("parquet", tmp_path / "in", "--out", tmp_path / "out", "--held_out", "0")
-    assert done.returncode == 0, done.stderr
-    assert "3 pairs, 2 with a caption; left out: 1 images that cannot be used, the first '01'" in done.stdout
+    said = built("parquet", tmp_path / "in", "--out", tmp_path / "out", "--held_out", "0")
+    assert "3 pairs, 2 with a caption; left out: 1 images that cannot be used, the first '01'" in said
     pairs = read(tmp_path / "out")
     assert [(key, pair["png"], pair.get("txt")) for key, pair in pairs.items()] == [
         ("0_0", images[0], b"first"), ("000000002", images[2], b"third"), ("000000003", images[3], None)
@@ -158,8 +155,7 @@ def test_clip_art(tmp_path):
             (tmp_path / kind / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (9, 9), colour).save(tmp_path / f"png/{name}.png")
         (tmp_path / f"svg/{name}.svg").write_text("<svg/>")
-    done = build("openclipart", tmp_path, "--out", tmp_path / "out", "--held_out", "0")
-    assert done.returncode == 0, done.stderr
+    built("openclipart", tmp_path, "--out", tmp_path / "out", "--held_out", "0")
     index = index_for(f"{tmp_path}/out/*.tar", tmp_path / "cache")
     assert [index.key(0, row) for row in range(len(index))] == ["animals/frog", "shapes/star"]
 
@@ -200,7 +196,7 @@ def test_shards_of_another_build_are_not_mixed_in(photos, tmp_path):
 
 def odd_folder(folder: Path) -> Path:
     """Three good pairs, and what people's folders hold besides."""
-    image = encoded(Image.new("RGB", (8, 8)))
+    image = encode(Image.new("RGB", (8, 8)))
     folder.mkdir()
     for name in ("a.png", "a.jpg", "b.v1.png", "b_v1.png"):
         (folder / name).write_bytes(image)
@@ -217,23 +213,21 @@ def odd_folder(folder: Path) -> Path:
 
 def test_odd_names_links_and_keys_that_come_twice_lose_nothing(tmp_path):
     folder = odd_folder(tmp_path / "in")
-    done = build("folder", folder, "--out", tmp_path / "out", "--held_out", "0")
-    assert done.returncode == 0, done.stdout + done.stderr
+    said = built("folder", folder, "--out", tmp_path / "out", "--held_out", "0")
     pairs = {key: pair["txt"].decode() for key, pair in read(tmp_path / "out").items()}
     assert pairs == {
         "a": "a.txt", "a_2": "a.txt", "b_v1": "b.v1.txt", "b_v1_2": "b_v1.caption.txt", "c": "c.TXT",
         "caf\\xe9": "caf\u00e9", "latin": "caf\ufffd",
     }  # fmt: skip
-    assert f"'{folder}/a.png' has key 'a_2'" in done.stdout
-    assert "1 captions are not UTF-8 and lost letters, the first of 'latin'" in done.stdout
-    assert f"left out: 1 links to nothing, the first '{folder}/lost.png'" in done.stdout
+    assert f"'{folder}/a.png' has key 'a_2'" in said
+    assert "1 captions are not UTF-8 and lost letters, the first of 'latin'" in said
+    assert f"left out: 1 links to nothing, the first '{folder}/lost.png'" in said
 
 
 def test_an_extension_of_captions_is_named(tmp_path):
-    done = build("folder", odd_folder(tmp_path / "in"), "--out", tmp_path / "out", "--caption", "v1.txt")
-    assert done.returncode == 0, done.stderr
+    said = built("folder", odd_folder(tmp_path / "in"), "--out", tmp_path / "out", "--caption", "v1.txt")
     assert {key: pair["txt"] for key, pair in read(tmp_path / "out").items() if "txt" in pair} == {}
-    assert "warning: none of 7 pairs have a caption: name the column or extension by --caption" in done.stdout
+    assert "warning: none of 7 pairs have a caption: name the column or extension by --caption" in said
 
 
 ODD_COLUMNS = {
@@ -249,7 +243,7 @@ ODD_COLUMNS = {
 
 @pytest.mark.parametrize("kind", ODD_COLUMNS)
 def test_parquet_captions_of_any_type(tmp_path, kind):
-    images = [encoded(Image.new("RGB", (8 + i, 8))) for i in range(3)]
+    images = [encode(Image.new("RGB", (8 + i, 8))) for i in range(3)]
     columns = {"jpg": images, "caption": ODD_COLUMNS[kind], "key": ["/d/k.1", "k", "k"]}
     columns["json"] = [{"label": "x", "b": b"bytes"}, None, {"label": "y", "b": None}]
     path = parquet_of(tmp_path / "in.parquet", **columns)
@@ -273,13 +267,12 @@ def test_text_that_is_not_utf8_costs_only_its_letters(tmp_path):
 
 
 def test_few_captions_are_reported_with_the_columns(tmp_path):
-    images = [encoded(Image.new("RGB", (8 + i, 8))) for i in range(3)]
+    images = [encode(Image.new("RGB", (8 + i, 8))) for i in range(3)]
     path = parquet_of(tmp_path / "in.parquet", jpg=images, caption=[1.0, float("nan"), 2.0], blurb=["a", "b", "c"])
-    done = build("parquet", path, "--out", tmp_path / "out", "--held_out", "0")
-    assert done.returncode == 0, done.stderr
+    said = built("parquet", path, "--out", tmp_path / "out", "--held_out", "0")
     columns = "columns jpg (binary), caption (double), blurb (string)"
-    assert f"none of 3 pairs have a caption: name the column or extension by --caption, one of {columns}" in done.stdout
-    done = build("parquet", path, "--out", tmp_path / "named", "--held_out", "0", "--caption", "blurb")
+    assert f"none of 3 pairs have a caption: name the column or extension by --caption, one of {columns}" in said
+    built("parquet", path, "--out", tmp_path / "named", "--held_out", "0", "--caption", "blurb")
     assert [pair["txt"] for pair in read(tmp_path / "named").values()] == [b"a", b"b", b"c"]
     done = build("parquet", path, "--out", tmp_path / "none", "--caption", "title")
     assert done.returncode == 2 and "in.parquet' has no text in a column 'title'" in done.stderr
@@ -290,13 +283,11 @@ def test_splits_of_multi30k_have_their_names(tmp_path):
     for folder in ("images", "image_splits", "raw"):
         (source / folder).mkdir(parents=True)
     for i, split in enumerate(("train", "test_2016_flickr")):
-        (source / "images" / f"{i}.png").write_bytes(encoded(Image.new("RGB", (8 + i, 8))))
+        (source / "images" / f"{i}.png").write_bytes(encode(Image.new("RGB", (8 + i, 8))))
         (source / "image_splits" / f"{split}.txt").write_text(f"{i}.png\n")
         for language, text in (("en", "a square"), ("de", "ein Quadrat")):
             (source / "raw" / f"{split}.{language}").write_text(f"{text} {i}\n")
-    done = build("multi30k", source, "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "2 pairs, 2 with a caption"
+    assert built("multi30k", source, "--out", tmp_path / "out").splitlines()[-1] == "2 pairs, 2 with a caption"
     for i, split in enumerate(("train", "test_2016_flickr")):
         ((key, files),) = read(tmp_path / "out", split).items()
         assert key == f"{split}/00001_{i}" and files["txt"] == f"a square {i}".encode()
@@ -306,8 +297,7 @@ def test_splits_of_multi30k_have_their_names(tmp_path):
 def test_tatoeba_is_for_evaluation(tmp_path):
     for side, text in (("deu", "Ja."), ("eng", "Yes.")):
         (tmp_path / f"tatoeba.deu-eng.{side}").write_text(f"{text}\n")
-    done = build("tatoeba", tmp_path, "--out", tmp_path / "out", "--format", "parquet")
-    assert done.returncode == 0, done.stderr
+    built("tatoeba", tmp_path, "--out", tmp_path / "out", "--format", "parquet")
     (path,) = (tmp_path / "out").glob("*.parquet")
     (row,) = pyarrow.parquet.read_table(path).to_pylist()
     assert path.name == "held_out-00000.parquet"
@@ -315,8 +305,7 @@ def test_tatoeba_is_for_evaluation(tmp_path):
 
 
 def test_questions_and_the_list_of_their_answers(tmp_path):
-    done = build("scene-questions", "--out", tmp_path / "out", "--limit", "12")
-    assert done.returncode == 0, done.stderr
+    built("scene-questions", "--out", tmp_path / "out", "--limit", "12")
     train, held_out = read(tmp_path / "out"), read(tmp_path / "out", "held_out")
     assert len(train) == len(held_out) == 12
     assert all(key.startswith("train/") for key in train) and all(key.startswith("held_out/") for key in held_out)

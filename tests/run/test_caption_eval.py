@@ -15,7 +15,7 @@ from evaluation import make_checkpoint, quiet_console
 from PIL import Image
 
 from mug.data.builders.writers import Sample, write_tar_shard
-from mug.model.generate import beam_search
+from mug.model.generate import write
 from mug.run import caption_eval
 from mug.run.common.errors import user_errors
 from mug.run.evaluate import evaluate, parse
@@ -130,7 +130,7 @@ def test_the_run_keeps_what_the_model_wrote(run, tmp_path):
     colours = np.array([[30 * i, 255 - 30 * i, 90] for i in range(8) if i != 5], dtype=np.uint8)
     image = torch.from_numpy(colours)[:, :, None, None].expand(-1, -1, 16, 16).contiguous()
     with torch.inference_mode():
-        tokens = beam_search(model.text_decoder, model.vocabulary, model.encoder(image), 3)
+        tokens = write(model.text_decoder, model.vocabulary, model.encoder(image), 3)
     assert [row["written"] for row in rows] == [tokenizer.decode(row[1:]) for row in tokens.tolist()]
     result = json.loads((folder / "results.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     expected = captions.bleu([row["written"] for row in rows], [row["true"] for row in rows], 1)

@@ -1,9 +1,7 @@
 """A run that trains on captions says so where its samples have none."""
 
-import io
-
 import pytest
-from PIL import Image
+from encoded import one_colour
 from train_commands import recipe_of
 
 from mug.data.builders.tokenizer_training import train_tokenizer
@@ -30,11 +28,7 @@ class Lines:
 @pytest.fixture
 def arguments(tmp_path) -> list[str]:
     """Of a run on eight images whose captions have another extension."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(buffer, "PNG")
-    members = [
-        (f"{i}.{end}", body) for i in range(8) for end, body in (("png", buffer.getvalue()), ("blurb", b"a dog"))
-    ]
+    members = [(f"{i}.{end}", body) for i in range(8) for end, body in (("png", one_colour()), ("blurb", b"a dog"))]
     write_tar(tmp_path / "shard.tar", members)
     train_tokenizer(["a dog"], 512).save(str(tmp_path / "tokenizer.json"))
     values = {

@@ -7,12 +7,10 @@ import threading
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from mug.model.objectives.objective import Context, Objective
 from mug.run import replay
-from mug.run.common import rank_env as places
 from mug.run.common.errors import RunError
 from mug.run.state import checkpoint, saver
 from mug.run.state.replay_bundle import Bundle
@@ -21,6 +19,7 @@ from mug.run.state.saver import Saver
 from mug.run.state.sharded_state import ParamSlice, SavedState
 from mug.run.training.recipe import CheckpointConfig
 
+pytestmark = pytest.mark.usefixtures("one_rank")
 WEIGHT, FIRST_MOMENT = (f"{kind}-00000-of-00001.safetensors" for kind in ("weight", "exp_avg"))
 
 
@@ -49,13 +48,6 @@ class Engine:
 
     def zero_optimization_stage(self) -> int:
         return 0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank():
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{places.free_port()}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def saver_of(output, keep: int = 2, asynchronous: bool = False, **config) -> Saver:

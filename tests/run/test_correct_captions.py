@@ -1,14 +1,13 @@
 """Which captions and parts of captions count as correct, by hand; the evaluation on a checkpoint."""
 
-import io
 import json
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from encoded import encode
 from evaluation import eval_context, make_checkpoint, subject_of
-from PIL import Image
 from ranks import run_gloo_ranks
 
 from mug.data.builders.writers import Sample, write_tar_shard
@@ -42,16 +41,8 @@ def test_case_and_punctuation_do_not_count():
 
 def sample(number: int, caption: str, parts: dict) -> Sample:
     """An image that depends on the number alone."""
-    png = io.BytesIO()
-    Image.fromarray(np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)).save(png, "PNG")
-    return Sample(f"{number}", png.getvalue(), "png", caption, {"parts": {"en": parts}} if parts else {})
-
-
-@pytest.fixture
-def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
+    return Sample(f"{number}", encode(pixels), "png", caption, {"parts": {"en": parts}} if parts else {})
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_gloo_ranks
+from test_curves import weights_of
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -141,17 +142,6 @@ def build(model: nn.Module, stage: int, micro_batch: int, accumulation: int, bf1
         "bf16": {"enabled": bf16},
     }
     return deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)[0]
-
-
-@torch.no_grad()
-def weights_of(engine) -> dict[str, torch.Tensor]:
-    import deepspeed
-
-    found = {}
-    for name, parameter in engine.module.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]):
-            found[name] = parameter.detach().clone()
-    return found
 
 
 def assert_is_the_oracle(cases: list[tuple[int, int]], expected: dict) -> None:

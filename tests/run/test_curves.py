@@ -23,7 +23,7 @@ from mug.run.training.recipe import TrainerConfig
 from mug.run.training.step import train_step
 
 NAMES = [name for name in objective_names() if find_objective(name).kinds == ("pairs",)]
-VOCABULARY = Vocabulary(size=30, pad=0, bos=1, eos=2, mask=3)
+CONTEXT = Context(seed=3, vocabulary=Vocabulary(size=30, pad=0, bos=1, eos=2, mask=3))
 SIZES = {"image_size": 16, "patch_size": 4, "width": 32, "depth": 2, "heads": 2}
 SIZES |= {"pixel_width": 32, "pixel_depth": 1, "pixel_heads": 2, "text_width": 32, "text_heads": 2, "text_length": 8}
 SIZES |= {"text_unimodal_layers": 1, "text_cross_layers": 1, "text_layers": 1, "embedding_width": 16}
@@ -49,12 +49,13 @@ def cases_of_tests(world: int) -> dict[str, list[Case]]:
     return {name: cases for name, cases in found.items() if cases}
 
 
-def make(name: str) -> Objective:
+def make(name: str, sizes: dict = SIZES, context: Context = CONTEXT) -> Objective:
+    """A small objective: of the sizes, those that it has."""
     objective = find_objective(name)
     known = {field.name for field in dataclasses.fields(objective.Config)}
-    config = resolve(objective.Config(**{size: value for size, value in SIZES.items() if size in known}))
+    config = resolve(objective.Config(**{size: value for size, value in sizes.items() if size in known}))
     torch.manual_seed(0)
-    return objective(config, Context(seed=3, vocabulary=VOCABULARY))
+    return objective(config, context)
 
 
 def image_at(position: int, view: int = 0) -> torch.Tensor:
@@ -121,23 +122,29 @@ def gradient_of(parameter: nn.Parameter) -> torch.Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
 
 
-def build(name: str, case: Case, optimizer: dict):
+def engine_of(model: Objective, micro_batch: int, accumulation: int, optimizer: dict, stage: int, **zero: object):
+    """DeepSpeed's engine around the model, in a process of `run_gloo_ranks`."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False)
-    model, (stage, accumulation) = make(name), case
     config = {
-        "train_micro_batch_size_per_gpu": SAMPLES // (dist.get_world_size() * accumulation),
+        "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
         "optimizer": optimizer,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
     trainer = TrainerConfig(weight_decay=0.05 if optimizer["type"] == "AdamW" else 0.0)
     return build_engine(model, config, trainer, parameter_groups(model, trainer))
+
+
+def build(name: str, case: Case, optimizer: dict):
+    stage, accumulation = case
+    micro_batch = SAMPLES // (dist.get_world_size() * accumulation)
+    return engine_of(make(name), micro_batch, accumulation, optimizer, stage)
 
 
 def micro_batches(model: Objective, step: int, accumulation: int) -> list[dict[str, torch.Tensor]]:

@@ -6,12 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mug.run.training.deepspeed_config import (
-    DeepSpeedConfigError,
-    RecipeValues,
-    check_batch,
-    load_deepspeed_config,
-)
+from mug.run.training.deepspeed_config import DeepSpeedConfigError, RecipeValues, check_batch, load_deepspeed_config
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 

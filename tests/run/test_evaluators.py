@@ -10,7 +10,7 @@ import pytest
 import torch
 from evaluation import eval_context, mug_config, subject_of
 from PIL import Image
-from ranks import run_gloo_ranks
+from ranks import found_by_ranks
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 from torch.nn.functional import normalize
@@ -126,10 +126,8 @@ def write_pairs(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(train_tokenizer([WORDS] * 3, 512).to_str(), encoding="utf-8")
 
 
-def work(folder: Path, world: int) -> None:
-    """Run all evaluations on this rank; rank 0 writes what they find."""
-    import torch.distributed as dist
-
+def work(folder: Path) -> dict:
+    """Returns what all evaluations find."""
     context = eval_context(
         folder,
         tokenizer=Tokenizer.load(folder / "tokenizer.json"),
@@ -148,9 +146,7 @@ def work(folder: Path, world: int) -> None:
     }
     found = {name: evaluator.run(subject_of(toy())) for name, evaluator in evaluators.items()}
     found["losses"] = HeldOutLosses(LossesConfig(), context).run(subject_of(Coupled(None, Context())))
-    if dist.get_rank() == 0:
-        report = {name: {"metrics": one.metrics, "records": one.records} for name, one in found.items()}
-        (folder / f"found{world}.json").write_text(json.dumps(report), encoding="utf-8")
+    return {name: {"metrics": one.metrics, "records": one.records} for name, one in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +160,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module", params=[1, 3])
 def found(request, folder) -> dict[str, dict]:
     """What is found by one rank, and by three."""
-    run_gloo_ranks(request.param, work, folder, request.param)
-    return json.loads((folder / f"found{request.param}.json").read_text(encoding="utf-8"))
+    return found_by_ranks(request.param, work, folder)
 
 
 def features(folder: Path, encoder: nn.Module) -> tuple[torch.Tensor, list[str]]:

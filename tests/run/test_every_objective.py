@@ -1,14 +1,13 @@
 """What must hold for every objective that is found: which parameters decay, and that all of them learn."""
 
-import dataclasses
-
 import pytest
+import test_curves
 import torch
 from torch import nn
 
 from mug.data.kinds.samples import Batch
-from mug.model.objectives.objective import Context, Objective, find_objective, objective_names
-from mug.model.presets import Vocabulary, resolve
+from mug.model.objectives.objective import Context, Objective, objective_names
+from mug.model.presets import Vocabulary
 from mug.run.training.groups import parameter_groups
 from mug.run.training.recipe import TrainerConfig
 
@@ -22,11 +21,7 @@ MATRICES = (nn.Linear, nn.Conv2d, nn.Embedding)
 
 
 def make(name: str) -> Objective:
-    objective = find_objective(name)
-    known = {field.name for field in dataclasses.fields(objective.Config)}
-    torch.manual_seed(0)
-    sizes = {size: value for size, value in SIZES.items() if size in known}
-    return objective(resolve(objective.Config(**sizes)), CONTEXT)
+    return test_curves.make(name, SIZES, CONTEXT)
 
 
 def batch_for(model: Objective, step: int, kind: str) -> Batch:

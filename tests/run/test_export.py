@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
 import re
 import sys
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ import pytest
 import timm
 import torch
 import yaml
+from noise import noisy
 from PIL import Image
 
 from mug.data.crops import CentralSquare
@@ -39,11 +39,7 @@ RECIPE |= {"loss_weights": {"pixels": 1.0, "caption": 0.1}}
 @pytest.fixture(scope="module")
 def model() -> MUG:
     torch.manual_seed(0)
-    model = MUG(resolve(SIZES), CONTEXT).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return model
+    return noisy(MUG(resolve(SIZES), CONTEXT)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +97,7 @@ def view_of(photo) -> torch.Tensor:
 def run_card(folder, photo) -> dict:
     """The model card's code, run in the exported folder as the card says; returns its variables."""
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
-    here = os.getcwd()
-    os.chdir(folder)
-    try:
-        names = {}
-        exec(code.replace("photo.png", str(photo)), names)
-    finally:
-        os.chdir(here)
-    return names
+    return export.run_usage(code, folder, photo)
 
 
 # Resizing differs: timm and Pillow cut the same pixels and round otherwise, transformers resizes before it cuts.
@@ -231,11 +220,8 @@ TUNED = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 4, "heads": 2}
 def tuned(norm_eps: float = 1e-6) -> Classify:
     """A classifier whose every parameter matters, its positions among them."""
     torch.manual_seed(0)
-    model = Classify(resolve(ClassifyConfig(**TUNED, norm_eps=norm_eps)), Context(class_names=("cat", "dog"))).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return model
+    config = resolve(ClassifyConfig(**TUNED, norm_eps=norm_eps))
+    return noisy(Classify(config, Context(class_names=("cat", "dog")))).eval()
 
 
 def trained_on(model: Objective, found: Checkpoint, **data: object) -> Checkpoint:

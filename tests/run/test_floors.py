@@ -1,15 +1,13 @@
 """Floors of held-out losses against entropies written out, for one rank and for three."""
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.distributed as dist
 from evaluation import eval_context, quiet_console, subject_of
-from ranks import run_gloo_ranks
+from ranks import found_by_ranks
 
 from mug.data.kinds.samples import Batch
 from mug.data.order import spread
@@ -66,7 +64,7 @@ class Numbers:
         return Batch("pairs", {"value": positions**2, "position": positions}), []
 
 
-def evaluate(folder) -> None:
+def evaluate(folder) -> dict:
     lines: list[str] = []
     context = eval_context(
         folder,
@@ -77,16 +75,13 @@ def evaluate(folder) -> None:
         console=quiet_console(lines),
     )
     found = Floors(FloorsConfig(), context).run(subject_of(Guesses(None, Context())))
-    if dist.get_rank() == 0:
-        report = {"metrics": found.metrics, "records": found.records, "lines": lines}
-        (folder / f"{dist.get_world_size()}.json").write_text(json.dumps(report), encoding="utf-8")
+    return {"metrics": found.metrics, "records": found.records, "lines": lines}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 3])
 def test_floors_are_entropies_of_all_ranks_targets(world, tmp_path):
-    run_gloo_ranks(world, evaluate, tmp_path)
-    found = json.loads((tmp_path / f"{world}.json").read_text(encoding="utf-8"))
+    found = found_by_ranks(world, evaluate, tmp_path)
     expected = {}
     for stream, samples in {"one": spread(SAMPLES, 2 * GROUP), "two": range(GROUP)}.items():
         remainders = Counter(n * n % 5 for n in samples)

@@ -7,7 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from encoded import encode
 from evaluation import eval_context, mug_config, subject_of
+from noise import noisy
 from PIL import Image
 from sklearn.decomposition import PCA
 from torch import nn
@@ -109,9 +111,7 @@ def model(tmp_path_factory) -> tuple[MUG, Tokenizer]:
     model = MUG(resolve(mug_config()), Context(0, vocabulary_of(tokenizer)))
     with torch.no_grad():
         model.text_decoder.head.weight.mul_(40)
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return model.eval(), tokenizer
+    return noisy(model).eval(), tokenizer
 
 
 @torch.inference_mode()
@@ -172,9 +172,8 @@ def test_information_is_a_plain_mean_over_groups(model, tmp_path):
     random, colours = np.random.default_rng(1), ("red", "green", "blue")
     samples = []
     for i in range(9):
-        buffer = io.BytesIO()
-        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(buffer, "PNG")
-        samples.append(Sample(f"{i}", buffer.getvalue(), "png", f"{colours[i % 3]} square" * (i != 4), {}))
+        picture = encode(random.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+        samples.append(Sample(f"{i}", picture, "png", f"{colours[i % 3]} square" * (i != 4), {}))
     list(write_shards(samples, tmp_path, "pairs-", "tar", 5))
     config = InformationConfig(shards=f"{tmp_path}/pairs-*.tar", candidates=3, limit=9)
     context = eval_context(tmp_path, tokenizer=tokenizer)

@@ -3,7 +3,6 @@
 import pytest
 import test_curves
 import torch
-import torch.distributed as dist
 
 from mug.kernels.linear_cross_entropy import linear_cross_entropy
 from mug.model.objectives.mug import MUG, MUGConfig
@@ -12,9 +11,9 @@ from mug.model.presets import Vocabulary, resolve
 from mug.model.two_views import TwoViews
 from mug.run.benchmarks.synthetic import WEIGHTS, synthetic_batch
 from mug.run.cluster import hardware
-from mug.run.common import rank_env as places
 from mug.run.training.step import train_step
 
+pytestmark = pytest.mark.usefixtures("one_rank")
 VOCABULARY = Vocabulary(50, pad=0, bos=1, eos=2, mask=3)
 # Their result's size, or what the host does next, depends on values; or a constant is copied from pageable memory.
 # A mask as an index is a nonzero, too.
@@ -40,15 +39,6 @@ class Engine:
 
     def step(self):
         pass
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank():
-    port = places.free_port()
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def waits_of(step) -> list[str]:

@@ -198,19 +198,12 @@ def test_other_colours_are_reported_and_a_folder_without_weights_is_refused(vit,
 # --- Runs, and positions of another image size ---------------------------------------------------------------
 
 
-def test_weights_of_a_real_timm_vit_are_taken_with_its_positions(tmp_path):
-    vit = timm.create_model(
-        "vit_base_patch16_224", num_classes=9, img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2
-    ).eval()
-    torch.nn.init.normal_(vit.pos_embed)
+def test_weights_of_a_real_timm_vit_are_taken_with_its_positions(vit, tmp_path):
     save_file(vit.state_dict(), tmp_path / "vit.safetensors")
     torch.save({"model": vit.state_dict()}, tmp_path / "mae.pth")
-    image = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    expected = vit.forward_features((image / 255 - mean) / std)
     for name in ("vit.safetensors", "mae.pth"):
         encoder = initial_encoder(CONFIG, str(tmp_path / name), pytest.fail)
-        assert (encoder(image) - expected).abs().max() < 1e-4
+        assert (encoder(IMAGE) - vit.forward_features(PIXELS)).abs().max() < 1e-4
         model = Classify(CONFIG, CLASSES)
         model.adopt(encoder)
         assert torch.equal(model.encoder.positions_ND, vit.pos_embed[0, 1:]), "and are trained from there"

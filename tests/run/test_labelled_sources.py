@@ -1,7 +1,6 @@
 """Labelled images from every kind of source, read as their writers wrote them; and what is wrong with some."""
 
 import gzip
-import io
 import json
 import os
 import pickle
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 from commands import run_script
+from encoded import encode
 from PIL import Image
 
 from mug.data.errors import DataError
@@ -39,24 +39,18 @@ PICTURES = RANDOM.integers(0, 256, (6, 12, 12, 3), dtype=np.uint8)
 LABELS = ["cat", "dog", "cat", "emu", "dog", "emu"]
 
 
-def png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def write_folder(folder: Path) -> None:
     for number, label in enumerate(LABELS):
         path = folder / label / "deeper" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png(PICTURES[number]))
+        path.write_bytes(encode(PICTURES[number]))
     (folder / "cat" / "notes.txt").write_text("no image")
 
 
 def write_saved_dataset(folder: Path, labels: list[int | None], names: list[str] | None = None) -> None:
     """As Hugging Face's Dataset.save_to_disk leaves one, in two files."""
     folder.mkdir(parents=True)
-    images = [{"bytes": png(picture), "path": None} for picture in PICTURES]
+    images = [{"bytes": encode(picture), "path": None} for picture in PICTURES]
     table = pa.table({"picture": pa.array(images), "class": pa.array(labels)})
     files = [f"data-0000{part}-of-00002.arrow" for part in range(2)]
     for part, name in enumerate(files):
@@ -165,7 +159,7 @@ def test_no_classes_one_class_an_unknown_class_and_no_test_images(tmp_path):
         (tmp_path / name).mkdir(parents=True)
     refused("does not hold class folders", tmp_path / "none")
     for place in ("one/train/cat/1.png", "one/test/cat/1.png", "new/test/fox/1.png"):
-        (tmp_path / place).write_bytes(png(PICTURES[0]))
+        (tmp_path / place).write_bytes(encode(PICTURES[0]))
     refused("all of one class (cat)", tmp_path / "one")
     write_folder(tmp_path / "new" / "train")
     refused("1.png: its label 'fox' is not one of the training images' 3 classes", tmp_path / "new")
@@ -190,7 +184,7 @@ def test_damaged_and_missing_files_are_named(tmp_path):
     images.unlink()
     refused("install Debian's dataset-fashion-mnist", f"fashion-mnist:{tmp_path}")
     (tmp_path / "a" / "cat").mkdir(parents=True)
-    (tmp_path / "a" / "cat" / "1.png").write_bytes(png(PICTURES[0])[:60])
+    (tmp_path / "a" / "cat" / "1.png").write_bytes(encode(PICTURES[0])[:60])
     with pytest.raises(DataError, match=r"a/cat/1.png: PNG damaged"):
         open_folder(tmp_path / "a").view(0, 12)
 
@@ -204,7 +198,7 @@ def one_rank():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_read_is_one_line_from_a_worker_too(tmp_path, workers):
     write_folder(tmp_path)
-    (tmp_path / "dog" / "broken.png").write_bytes(png(PICTURES[0])[:60])
+    (tmp_path / "dog" / "broken.png").write_bytes(encode(PICTURES[0])[:60])
     with pytest.raises(DataError, match=r"dog/broken\.png: PNG damaged.*; fix or remove it") as refused:
         extract(PixelFeatures(), open_folder(tmp_path), 4, workers, "cpu")
     assert "\n" not in str(refused.value)
@@ -279,7 +273,7 @@ def test_a_folder_as_notebooks_and_desktops_leave_it(tmp_path, caplog):
             Image.fromarray(PICTURES[0]).convert("RGB").save(tmp_path / label / f"a.{suffix}", kind)
     for hidden in (tmp_path / ".ipynb_checkpoints", tmp_path / "cat" / ".ipynb_checkpoints"):
         hidden.mkdir()
-        (hidden / "a-checkpoint.png").write_bytes(png(PICTURES[0]))
+        (hidden / "a-checkpoint.png").write_bytes(encode(PICTURES[0]))
     (tmp_path / "emu").symlink_to(tmp_path / "dog")
     (tmp_path / "dog" / "Thumbs.db").write_bytes(b"x")
     source = open_folder(tmp_path)

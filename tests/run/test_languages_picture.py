@@ -1,6 +1,5 @@
 """The picture of captions in several languages, and what run/generate.py makes it of."""
 
-import io
 import json
 import re
 from pathlib import Path
@@ -9,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from encoded import one_colour
 from PIL import Image
 
 from mug.data.builders.unigram_training import train_unigram
@@ -75,9 +75,9 @@ def test_images_with_captions_in_languages(tmp_path, monkeypatch):
     pytest.importorskip("sentencepiece")
     (tmp_path / "tokenizer.json").write_text(train_unigram(NAMES.values(), 1100, LANGUAGES).to_str(), encoding="utf-8")
     tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
-    Image.new("RGB", (20, 20), "red").save(buffer := io.BytesIO(), "PNG")
-    (tmp_path / "photo.png").write_bytes(buffer.getvalue())
-    write_tar(tmp_path / "a.tar", [("a.json", json.dumps({"captions": NAMES}).encode()), ("a.png", buffer.getvalue())])
+    photo = one_colour("red", (20, 20))
+    (tmp_path / "photo.png").write_bytes(photo)
+    write_tar(tmp_path / "a.tar", [("a.json", json.dumps({"captions": NAMES}).encode()), ("a.png", photo)])
     monkeypatch.setattr(generate, "pairs_of", lambda found: DataConfig())
     found = SimpleNamespace(folder=tmp_path / "run" / "checkpoint-3", step=3)
     model = Writes(tokenizer)

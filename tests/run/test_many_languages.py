@@ -1,6 +1,5 @@
 """Retrieval, captions and translation in several languages: values by hand, and a UniX² that has learned six things."""
 
-import io
 import json
 import logging
 import os
@@ -12,9 +11,9 @@ import numpy as np
 import pytest
 import sacrebleu
 import torch
+from encoded import one_colour
 from evaluation import eval_context, subject_of
-from PIL import Image
-from ranks import run_gloo_ranks
+from ranks import found_by_ranks
 from torch import nn
 
 from mug.data.builders.unigram_training import train_unigram
@@ -93,12 +92,6 @@ class Sees(Objective):
         return nn.functional.normalize(torch.tensor(colour).float(), dim=0)
 
 
-def png(colour: tuple[int, int, int]) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def named(i: int) -> dict[str, str | list[str]]:
     """Names of a colour; two have none in Chinese, red has two in English."""
     captions = {language: names[i] for language, names in NAMES.items() if language != "zh" or i < 4}
@@ -112,7 +105,7 @@ def folder(tmp_path_factory) -> Path:
     texts = [VAGUE, *(name for names in NAMES.values() for name in names)]
     texts += [SENTENCES[one].format(word) for one in LANGUAGES for word in ADJECTIVES[one]]
     train_unigram(texts * 3, 1100, LANGUAGES).save(str(folder / "tokenizer.json"))
-    colours = [Sample(f"{i}", png(COLOURS[i]), "png", "", {"captions": named(i)}) for i in range(6)]
+    colours = [Sample(f"{i}", one_colour(COLOURS[i]), "png", "", {"captions": named(i)}) for i in range(6)]
     write_tar_shard(folder / "colours.tar", colours)
     write_parquet_shard(
         folder / "texts.parquet",
@@ -123,7 +116,7 @@ def folder(tmp_path_factory) -> Path:
     ]
     write_tar_shard(
         folder / "things.tar",
-        [Sample(f"{i}", png(COLOURS[i]), "png", "", {"captions": some}) for i, some in enumerate(things)],
+        [Sample(f"{i}", one_colour(COLOURS[i]), "png", "", {"captions": some}) for i, some in enumerate(things)],
     )
     return folder
 
@@ -132,10 +125,8 @@ def context_of(folder: Path, **options: object):
     return eval_context(folder, tokenizer=Tokenizer.load(folder / "tokenizer.json"), micro_batch=4, **options)
 
 
-def work(folder: Path, world: int) -> None:
-    """Retrieval on this rank; rank 0 writes what is found."""
-    import torch.distributed as dist
-
+def work(folder: Path) -> dict:
+    """Returns what retrieval finds."""
     context = context_of(folder)
     retrieval = RetrievalConfig(shards=str(folder / "colours.tar"), languages="en,de,zh")
     texts = TextRetrievalConfig(shards=str(folder / "texts.parquet"))
@@ -143,9 +134,7 @@ def work(folder: Path, world: int) -> None:
         evaluator.run(subject_of(Sees(context.tokenizer)))
         for evaluator in (Retrieval(retrieval, context), TextRetrieval(texts, context))
     ]
-    if dist.get_rank() == 0:
-        report = {"metrics": found[0].metrics | found[1].metrics, "records": found[0].records + found[1].records}
-        (folder / f"found{world}.json").write_text(json.dumps(report), encoding="utf-8")
+    return {"metrics": found[0].metrics | found[1].metrics, "records": found[0].records + found[1].records}
 
 
 @pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
@@ -153,10 +142,8 @@ def found(request, folder) -> dict:
     """What one rank finds, and two."""
     if request.param == 1:
         with patch.dict(os.environ), process_group():
-            work(folder, 1)
-    else:
-        run_gloo_ranks(2, work, folder, 2)
-    return json.loads((folder / f"found{request.param}.json").read_text(encoding="utf-8"))
+            return json.loads(json.dumps(work(folder)))
+    return found_by_ranks(2, work, folder)
 
 
 def test_images_are_found_in_each_language(found):
@@ -348,7 +335,7 @@ def test_another_image_is_the_next_that_differs(folder, learned, tmp_path):
     write_tar_shard(
         tmp_path / "rows.tar",
         [
-            Sample(f"{i}", png(c), "png", "", {"captions": t})
+            Sample(f"{i}", one_colour(c), "png", "", {"captions": t})
             for i, (c, t) in enumerate(zip(colours, texts, strict=True))
         ],
     )
@@ -357,7 +344,7 @@ def test_another_image_is_the_next_that_differs(folder, learned, tmp_path):
         others = [evaluator._other(pair, 8).number for pair in evaluator.pairs.read(range(6), 8)]
         assert others == [4, 4, 5, 1, 1, 2]
         write_tar_shard(
-            tmp_path / "same.tar", [Sample(f"{i}", png(RED), "png", "", {"captions": texts[0]}) for i in (0, 1)]
+            tmp_path / "same.tar", [Sample(f"{i}", one_colour(RED), "png", "", {"captions": texts[0]}) for i in (0, 1)]
         )
         with pytest.raises(RunError, match=r"all images of .*same.tar are the same"):
             Translate(TranslateConfig(shards=str(tmp_path / "same.tar")), context_of(folder)).run(subject_of(learned))

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from noise import noisy
 from PIL import ExifTags, Image
 
 from mug.data.crops import CentralSquare
@@ -36,11 +37,7 @@ OTHERS = [folder for folder in os.environ.get("MUG_OTHER_TRANSFORMERS", "").spli
 @pytest.fixture(scope="module")
 def model() -> MUG:
     torch.manual_seed(0)
-    model = MUG(resolve(MUGConfig(**SIZES)), CONTEXT).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return model
+    return noisy(MUG(resolve(MUGConfig(**SIZES)), CONTEXT)).eval()
 
 
 @pytest.fixture(scope="module")

@@ -200,17 +200,8 @@ def test_windows_cover_the_image_and_agree():
 
 TOY = ["--model.preset", "tiny", "--model.image_size", "32", "--model.width", "16", "--model.heads", "2"]
 TOY += ["--data.classes", "3", "--model.channels", "8", "--model.drop_path", "0.3", "--trainer.max_steps", "6"]
-TOY += [
-    "--trainer.global_batch",
-    "4",
-    "--trainer.groups",
-    "2",
-    "--trainer.micro_batch",
-    "2",
-    "--trainer.log_every",
-    "1",
-]
-TOY += ["--trainer.eval_every", "6", "--checkpoint.every_steps", "2", "--data.workers", "0"]
+TOY += ["--trainer.global_batch", "4", "--trainer.groups", "2", "--trainer.micro_batch", "2"]
+TOY += ["--trainer.log_every", "1", "--trainer.eval_every", "6", "--checkpoint.every_steps", "2", "--data.workers", "0"]
 
 
 def command(output: Path, folder: Path, *options: str) -> list[str]:

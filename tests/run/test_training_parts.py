@@ -10,23 +10,15 @@ from collections.abc import Iterator
 import psutil
 import pytest
 import torch
-import torch.distributed as dist
 
 from mug.run.cluster.losses import WeightedMeans, loss_scales, total_loss
-from mug.run.common import rank_env as places
 from mug.run.common.errors import RunError
 from mug.run.reporting.records import read_rows
 from mug.run.training.metrics import GoodputClock, MetricsWriter
 from mug.run.training.schedule import CosineSchedule
 from mug.run.training.startup_timer import StartupTimer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank():
-    port = places.free_port()
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine():

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_gloo_ranks
+from test_curves import engine_of, weights_of
 
 from mug.data.kinds.samples import Batch
 from mug.model.multilingual import MultilingualConfig
@@ -19,9 +20,6 @@ from mug.model.presets import Vocabulary, resolve
 from mug.run.cluster.coupled import held_out_losses, prepare
 from mug.run.cluster.losses import WeightedMeans
 from mug.run.training import step as training_step
-from mug.run.training.engine import build_engine
-from mug.run.training.groups import parameter_groups
-from mug.run.training.recipe import TrainerConfig
 from mug.run.training.step import train_step
 
 SIZES = {"image_size": 16, "patch_size": 8, "width": 16, "depth": 2, "heads": 2, "text_width": 16, "text_heads": 2}
@@ -102,40 +100,24 @@ def micro_batches(step: int, accumulation: int) -> list[Batch]:
 
 
 def build(stage: int, accumulation: int, negatives: str = "random", rate: float = RATE, **zero: object):
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(auto_mpi_discovery=False)
-    model, trainer = make(negatives), TrainerConfig(weight_decay=0.0)
-    config = {
-        "train_micro_batch_size_per_gpu": GROUP // (dist.get_world_size() * accumulation),
-        "gradient_accumulation_steps": GROUPS * accumulation,
-        "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
-        "optimizer": {"type": "SGD", "params": {"lr": rate}},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    return build_engine(model, config, trainer, parameter_groups(model, trainer))
+    micro_batch = GROUP // (dist.get_world_size() * accumulation)
+    optimizer = {"type": "SGD", "params": {"lr": rate}}
+    return engine_of(make(negatives), micro_batch, GROUPS * accumulation, optimizer, stage, **zero)
 
 
 def assert_is_the_oracle(
     cases: list[tuple[int, int]], expected: list[tuple[float, dict[str, np.ndarray]]], negatives: str = "random"
 ) -> None:
-    import deepspeed
-
     for stage, accumulation in cases:
         engine = build(stage, accumulation, negatives)
         for step, (total, weights) in enumerate(expected):
             what = f"ZeRO {stage}, {dist.get_world_size()} rank(s), accumulation {accumulation}, step {step}"
             means = train_step(engine, micro_batches(step, accumulation), UniX2.losses, groups=GROUPS)
             assert means.reduce(UniX2.losses)["loss/total"] == pytest.approx(total, abs=2e-5), what
-            for name, parameter in engine.module.named_parameters():
-                with deepspeed.zero.GatheredParameters([parameter]):
-                    expected_weight = torch.from_numpy(weights[name])
-                    torch.testing.assert_close(
-                        parameter.detach(), expected_weight, rtol=1e-4, atol=2e-6, msg=what + name
-                    )
+            for name, weight in weights_of(engine).items():
+                torch.testing.assert_close(
+                    weight, torch.from_numpy(weights[name]), rtol=1e-4, atol=2e-6, msg=what + name
+                )
 
 
 @pytest.mark.slow
