@@ -5,7 +5,7 @@
         --init runs/web200m_base --data.images imagenet
     python run/finetune.py --deepspeed ds_configs/zero1.json --init runs/NAME      # Fashion-MNIST
     python run/finetune.py --deepspeed ds_configs/zero1.json --config run/recipes/answer/statements_tiny.yaml \
-        --data.tokenizer runs/unix2/checkpoint-560
+        --data.tokenizer runs/unix2/checkpoint-380
 
 --init names a pre-training run, one of its checkpoints (written by any number of ranks, under any ZeRO stage), or a
 file in timm's, MAE's or transformers' layout; without it, training starts from scratch. The same command again resumes

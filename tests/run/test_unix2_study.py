@@ -37,7 +37,7 @@ def test_each_run_leaves_out_one_task_and_has_the_recipes_data(plan):
         recipe = parse("pretrain", jobs[f"pre-train {name} 0"].command[1:]).recipe
         assert {*UniX2.losses} - {*recipe.active_losses} == left_out, name
         assert {*KINDS} - {*recipe.data} == ({"image_bitext"} if "mmmt" in left_out else set()), name
-        assert (recipe.trainer.global_batch, recipe.trainer.groups, recipe.trainer.max_steps) == (128, 4, 560)
+        assert (recipe.trainer.global_batch, recipe.trainer.groups, recipe.trainer.max_steps) == (128, 4, 380)
     judged = [name for name in jobs if name.startswith(("retrieval", "captions", "translation"))]
     assert len(judged) == 3 * len(LEFT_OUT)
 
