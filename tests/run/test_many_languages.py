@@ -272,7 +272,7 @@ def learned(folder) -> UniX2:
     kinds = ((image_bitext, "en,de"), (pairs, "de,zh"))
     streams = [kind.open_train(DataConfig(language=of, **data), 0, Shape(8, 24)) for kind, of in kinds]
     optimizer = torch.optim.AdamW(model.parameters(), 6e-3)
-    for step in range(100):
+    for step in range(240):
         batch, _ = streams[step % 2].batch(range(12 * step, 12 * step + 12))
         losses, _ = model(batch)
         optimizer.zero_grad()
@@ -355,7 +355,7 @@ def test_mistakes_in_one_line(folder, learned, tmp_path, caplog):
     for make, said in (
         (
             lambda: Translate(TranslateConfig(shards=shards, target="fr"), context),
-            "has fr, but the tokenizer has tokens",
+            "has fr, but the tokenizer only has tokens",
         ),
         (lambda: Translate(TranslateConfig(), context), "has held out no image_bitext or bitext data; give rows by"),
         (lambda: TranslateConfig(source="de").check(), "source and target are both de"),
