@@ -15,7 +15,7 @@ from mug.api.pairs import write_pairs
 from mug.run.common.errors import RunError
 from mug.run.training.recipe import RECIPES
 
-EMBEDDED, LIST = "mug/compositions_tiny.yaml", "mug/openmoji_tiny.yaml"  # recipes without pairs, and of a list of them
+WITHOUT_PAIRS, FOR_PAIRS = "mug/compositions_tiny.yaml", "mug/openmoji_tiny.yaml"  # the default recipes
 
 
 def train(
@@ -32,7 +32,7 @@ def train(
     Args:
         output: folder of the run. The pairs lie in its folder `pairs`, as shards and a tokenizer of their captions.
         pairs: (image, caption), images as `Model` takes them; without them, the data that the recipe names.
-        recipe: a YAML file, or the name of one in run/recipes/; by default LIST for a list of pairs, else EMBEDDED.
+        recipe: a YAML file, or the name of one in run/recipes/; by default FOR_PAIRS or WITHOUT_PAIRS.
             Most others are for millions of pairs.
         options: dotted names of the recipe's keys, and others of the command line, to values: {"trainer.max_steps":
             200, "deepspeed": "ds_configs/zero3.json"}.
@@ -42,7 +42,7 @@ def train(
         DataError: an image of the pairs cannot be used, and is named; or their captions hold no word.
         RunError: training ended early; the message is its own last line.
     """
-    recipe = recipe or (EMBEDDED if pairs is None else LIST)
+    recipe = recipe or (WITHOUT_PAIRS if pairs is None else FOR_PAIRS)
     named = RECIPES / recipe if not Path(recipe).is_file() and (RECIPES / recipe).is_file() else recipe
     chosen: dict[str, Any] = {"config": str(named), "output": str(output), "deepspeed": "ds_configs/zero1.json"}
     if pairs is not None:

@@ -16,7 +16,7 @@ LayerNorm = partial(nn.LayerNorm, eps=NORM_EPS)
 
 
 class SelfAttention(nn.Module):
-    """Of the normalised x."""
+    """Multi-head attention of the normalised x to itself, by the project's kernel: floating [B, N, D] to [B, N, D]."""
 
     activation_checkpointing = "none"
 
@@ -38,7 +38,7 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers with GELU, of the normalised x."""
+    """Two layers with GELU, of the normalised x, floating [..., D]; returns the same shape."""
 
     activation_checkpointing = "none"
 

@@ -115,15 +115,19 @@ def test_make_refuses_a_missing_python(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: python3.none is not installed: install Python 3.11")
 
 
-def test_what_uv_cannot_install_pip_does(set_up, tmp_path):
-    """And where neither can, one line says what failed."""
+def test_what_uv_cannot_install_pip_does(set_up, tmp_path, capsys):
+    """Which is said; and where neither can, one line says what failed."""
     done = tmp_path / "done"
     set_up.run(["false"], ["touch", str(done)])
     assert done.is_file()
+    assert capsys.readouterr().out == f"false failed, as it says above: trying touch {done}\n"
+    set_up.run(["true"], ["false"])
+    assert not capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"^set-up failed at: false twice; behind a proxy set HTTPS_PROXY"):
         set_up.run(["false", "once"], ["false", "twice"])
 
 
-def test_there_may_be_no_uv_for_this_machine(set_up, tmp_path):
+def test_there_may_be_no_uv_for_this_machine(set_up, tmp_path, capsys):
     assert set_up.fetch_uv(tmp_path, ["false"]) is None
+    assert capsys.readouterr().out == "no uv could be fetched for this machine: pip takes some minutes more\n"
     assert set_up.fetch_uv(tmp_path, ["true"]) == str(tmp_path / "bin" / "uv")

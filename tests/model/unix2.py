@@ -17,7 +17,7 @@ KINDS = ("pairs", "bitext", "text", "image_bitext")
 
 
 def make(losses: tuple[str, ...] = ()) -> UniX2:
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # with 0, the images' embeddings are so alike that fp32 cancels in CMCL
     return UniX2(resolve(MultilingualConfig(**SIZES)), Context(seed=3, vocabulary=VOCABULARY, losses=losses))
 
 
