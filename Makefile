@@ -12,7 +12,7 @@ ON_CPU := $(shell [ -e /dev/nvidiactl ] || [ -e /dev/kfd ] || [ -e /dev/dri ] ||
 .PHONY: demo test lint gpu-bundle check
 
 demo: $(VENV)/.ready
-	@echo "[1/2] pre-training from scratch on pictures of one or two things: 540 steps, about 7 minutes on 2 CPU cores"
+	@echo "[1/2] pre-training from scratch on pictures of one or two things: 500 steps, about 7 minutes on 2 CPU cores"
 	@$(ON_CPU) $(BIN)/deepspeed --quiet run/pretrain.py --deepspeed ds_configs/zero3.json --output $(RUN)
 	@echo "[2/2] captions and reconstructions of pictures whose two things were never seen together"
 	@$(BIN)/python run/generate.py $(RUN) --out $(RUN)/generated

@@ -84,8 +84,11 @@ class Server:
             def log_message(self, *_):
                 pass
 
-        self._httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._httpd.daemon_threads = True
+        class Httpd(ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 128  # of 5 the rest waits a second for its client's next attempt
+
+        self._httpd = Httpd(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._httpd.serve_forever, kwargs={"poll_interval": 0.05})
         self._thread.start()
         return self
