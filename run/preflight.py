@@ -43,8 +43,9 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=2)
 def main(console: Console) -> None:
     # --- The command, as pretrain.py reads it ---
     command = parse_command("preflight.py", __doc__.splitlines()[0], DEFAULT_RECIPE)
-    trainer = command.recipe.trainer
     rank, world = hardware.rank_and_world()
+    command = command.on_ranks(world)
+    trainer = command.recipe.trainer
     hardware.limit_threads()
     steps = check_batch(trainer.global_batch, trainer.micro_batch, world)
     ds_config = load_deepspeed_config(command.deepspeed, recipe_values(trainer, command.recipe.model.width, world))

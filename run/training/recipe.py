@@ -38,7 +38,7 @@ class TrainerConfig:
         global_batch: samples of one optimizer step, over all ranks and accumulation steps.
         groups: parts of a global batch, of equal size, whose samples see each other where the objective couples them
             (in-batch negatives, batch norms); of a mixture of streams, each group is of one of them.
-        micro_batch: samples that one rank puts through the model at once.
+        micro_batch: most samples that one rank puts through the model at once; its share of a group, if less.
         max_steps: optimizer steps of the run; without it, `epochs` decides.
         epochs: passes over the data.
         base_learning_rate: AdamW's peak learning rate at a global batch of 256; scaled linearly (MAE).
@@ -212,6 +212,15 @@ class Command:
     deepspeed: Path
     output: Path
     allow_changes: bool
+
+    def on_ranks(self, world: int) -> "Command":
+        """Returns the command with a micro-batch of at most a rank's share of a group, where the ranks divide one."""
+        trainer = self.recipe.trainer
+        share, rest = divmod(trainer.global_batch // trainer.groups, world)
+        if rest or not 0 < share < trainer.micro_batch:
+            return self
+        trainer = dataclasses.replace(trainer, micro_batch=share)
+        return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, trainer=trainer))
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def train_command(console: Console, prog: str, description: str, default: Path) 
     # --- Parse: all that can be refused is refused here, before anything is written ---
     phases = StartupTimer()
     phases.end("imports")
-    command = parse_command(prog, description, default)
+    command = parse_command(prog, description, default).on_ranks(hardware.rank_and_world()[1])
     recipe = command.recipe
     shard, ds_config = load_configs(command, phases)
 

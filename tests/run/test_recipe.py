@@ -33,6 +33,17 @@ def test_the_cost_in_a_recipe_is_what_its_model_and_samples_make(path):
     assert computed * samples / (0.5 * 798e12) / 3600 == pytest.approx(hours, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    "batch, groups, micro, world, fitted",
+    [(64, 1, 64, 1, 64), (64, 1, 64, 2, 32), (64, 2, 64, 2, 16), (64, 1, 16, 2, 16), (64, 1, 64, 3, 64)],
+    ids=["one rank", "two ranks", "groups", "accumulation", "no share"],
+)
+def test_a_micro_batch_is_at_most_a_ranks_share_of_a_group(batch, groups, micro, world, fitted):
+    sizes = {"global_batch": batch, "groups": groups, "micro_batch": micro}
+    command = parse("pretrain", [*DEEPSPEED, *(f"--trainer.{name}={size}" for name, size in sizes.items())])
+    assert command.on_ranks(world).recipe.trainer == dataclasses.replace(command.recipe.trainer, micro_batch=fitted)
+
+
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
 def test_a_large_recipe_never_falls_back_on_the_embedded_pairs(path):
     command = next(line for line in path.read_text().splitlines() if "run/index_shards.py" in line)
