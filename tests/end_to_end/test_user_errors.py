@@ -26,7 +26,11 @@ CASES = {
     "unknown flag": (["--frobnicate", "1"], "frobnicate"),
     "wrong type": (["--trainer.max_steps", "many"], "max_steps"),
     "batch that does not divide": (["--trainer.global_batch", "10", "--trainer.micro_batch", "4"], "global batch 10"),
-    "missing shards": (["--data.shards", "nowhere/*.tar", "--data.tokenizer", "t.json"], "nowhere/*.tar"),
+    "missing tokenizer": (["--data.shards", "nowhere/*.tar", "--data.tokenizer", "t.json"], "'t.json' does not exist"),
+    "missing shards": (
+        ["--config", "run/recipes/mae/openmoji_mae.yaml", "--data.shards", "nowhere/*.tar"],
+        "nowhere/*.tar",
+    ),
     "image not a multiple of the patch": (["--model.image_size", "60"], "model.image_size 60"),
     "unknown preset": (["--model.preset", "giant"], "giant"),
     "unknown loss": (["--loss_weights", "{pixels: 1, captions: 1}"], "captions"),
@@ -49,7 +53,7 @@ def assert_refused(done, names: str, output) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_mistake_on_the_command_line(tmp_path, case):
     options, names = CASES[case]
-    options = options if case == "missing recipe" else [*TOY, *options]
+    options = options if "--config" in options else [*TOY, *options]
     assert_refused(pretrain(tmp_path / "run", *options), names, tmp_path / "run")
 
 
