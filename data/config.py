@@ -7,7 +7,7 @@ from typing import Literal
 
 from mug.data.errors import DataError
 
-Embedded = Literal["drawings", "compositions", "languages"]
+Embedded = Literal["drawings", "compositions", "languages", "composed_languages"]
 
 
 @dataclass

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mug.data.builders.openmoji import ensure_openmoji
+from mug.data.builders.openmoji_composed_languages import ensure_composed_languages
 from mug.data.builders.openmoji_compositions import ensure_compositions
 from mug.data.builders.openmoji_languages import ensure_languages
 from mug.data.config import TextConfig
@@ -13,6 +14,7 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "drawings": ensure_openmoji,
     "compositions": ensure_compositions,
     "languages": ensure_languages,
+    "composed_languages": ensure_composed_languages,
 }
 
 

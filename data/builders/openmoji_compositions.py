@@ -4,7 +4,7 @@
 The split holds out combinations: no training picture shows two things that a held-out one shows together, in whatever
 order and place, while each thing is in both. Shards as those of openmoji.py, the same bytes each time. The json says
 what a caption is made of (`parts`, by language) and where each thing is (`boxes`: left, top, side). Captions are
-sentences in English, and the names alone in 13 other languages.
+phrases in ten languages, and the names alone in four more.
 
 Things stand on a grid as wide as a patch of the tiny model: inside a thing, a patch looks the same wherever the thing
 is, and a few minutes of training suffice.
@@ -25,18 +25,20 @@ import numpy as np
 from PIL import Image
 
 from mug.data import rng
+from mug.data.builders import composed_captions
+from mug.data.builders.composed_captions import Caption, compose_caption, listed
 from mug.data.builders.openmoji import SAMPLES_PER_SHARD, built_once, drawings, licence
 from mug.data.builders.tokenizer_training import MIN_VOCABULARY, train_tokenizer
 from mug.data.builders.writers import Sample, encoded, write_tar_shard
 
-VERSION = 1  # raise it whenever the bytes that this file writes change
+VERSION = 2  # raise it whenever the bytes that this file writes change
 CELLS, CELL = 8, 8  # of the grid along a side, and pixels of a cell
 SIDES = (3, 4)  # of a thing, in cells
 SIDES_ALONE = (4, 5, 6)
 COUNTS = {"train": 8000, "held_out": 500}
 ALONE_SHARE = {"train": 1 / 3, "held_out": 0.0}  # of the pictures: those of one thing
 HELD_OUT_EVERY = 10  # pairs of things, one of which is held out
-RELATIONS = ("left of", "above")  # the first thing to the second
+RELATIONS = composed_captions.RELATIONS["en"]  # the first thing to the second
 # English noun → code point of the drawing; nouns of one word, drawings that are distinct at 24 pixels.
 THINGS = {
     "apple": "1F34E",
@@ -98,8 +100,11 @@ class Picture(NamedTuple):
     @property
     def caption(self) -> str:
         """Returns the English caption."""
-        nouns = [f"{'an' if thing.noun[0] in 'aeiou' else 'a'} {thing.noun}" for thing in self.things]
-        return f" {self.relation} ".join(nouns)
+        return self.caption_in("en").text
+
+    def caption_in(self, language: str) -> Caption:
+        """Returns the caption in one of composed_captions' languages."""
+        return compose_caption(language, [thing.noun for thing in self.things], self.relation)
 
 
 def combinations(held_out: bool) -> list[tuple[str, str]]:
@@ -171,17 +176,17 @@ def _samples(split: str) -> Iterator[Sample]:
         seed = list(COUNTS).index(split)
         picture = compose(chosen, ALONE_SHARE[split], rng.uniform(seed, rng.SCENE, 0, number, DRAWS, view=1))
         nouns = [thing.noun for thing in picture.things]
-        parts = {
-            language: {"nouns": [names[noun][language].strip(":").replace("_", " ") for noun in nouns]}
+        captions = {
+            language: picture.caption_in(language)
+            if language in composed_captions.RELATIONS
+            else listed([names[noun][language].strip(":").replace("_", " ") for noun in nouns])
             for language in emoji.LANGUAGES
         }
-        parts["en"] = {"nouns": nouns, "relations": [picture.relation] if picture.relation else []}
-        captions = {language: ", ".join(part["nouns"]) for language, part in parts.items()}
         meta = {
             "key": f"{split}-{number:05d}",
             "caption": picture.caption,
-            "captions": captions | {"en": picture.caption},
-            "parts": parts,
+            "captions": {language: caption.text for language, caption in captions.items()},
+            "parts": {language: caption.parts for language, caption in captions.items() if caption.parts},
             "hexcodes": [THINGS[noun] for noun in nouns],
             "boxes": [[CELL * value for value in thing[1:]] for thing in picture.things],
             "width": CELLS * CELL,
@@ -194,16 +199,25 @@ def _samples(split: str) -> Iterator[Sample]:
 
 def build(folder: Path) -> None:
     """Write the shards, the tokenizer and the licence into `folder`, which exists and is empty."""
+    write_splits(folder)
+    train_tokenizer(phrases("en"), MIN_VOCABULARY).save(str(folder / "tokenizer.json"))
+
+
+def write_splits(folder: Path) -> None:
+    """Write the shards and the licence."""
     for split, count in COUNTS.items():
         samples = _samples(split)
         for shard, first in enumerate(range(0, count, SAMPLES_PER_SHARD)):
             write_tar_shard(folder / f"{split}-{shard:05d}.tar", islice(samples, SAMPLES_PER_SHARD))
             log.info("OpenMoji: %s pictures, %d of %d drawn", split, min(first + SAMPLES_PER_SHARD, count), count)
-    things = tuple(Thing(noun, 0, 0, 0) for noun in THINGS)
-    captions = (Picture(pair, relation, ()).caption for pair in permutations(things, 2) for relation in RELATIONS)
-    train_tokenizer(captions, MIN_VOCABULARY).save(str(folder / "tokenizer.json"))
     changes = f"one or two drawings to a picture of {CELLS * CELL}x{CELLS * CELL} pixels, packed into tar files"
     (folder / "LICENSE.txt").write_text(licence(changes), encoding="utf-8")
+
+
+def phrases(language: str) -> Iterator[str]:
+    """Yields the captions of all pairs of things, for a tokenizer, in one of composed_captions' languages."""
+    for things in permutations(THINGS, 2):
+        yield from (compose_caption(language, things, relation).text for relation in RELATIONS)
 
 
 def folder_name() -> str:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mug.data import rng
 from mug.data.builders import openmoji_compositions as compositions
+from mug.data.builders.composed_captions import compose_caption
 from mug.data.builders.openmoji import drawings
 from mug.data.builders.openmoji_compositions import CELL, DRAWS, THINGS, Picture, Thing, build, combinations, compose
 from mug.data.config import DataConfig
@@ -111,7 +112,8 @@ def test_shards_say_what_their_captions_are_made_of(folder):
         assert meta["caption"] == meta["captions"]["en"]
         left = [word for word in meta["caption"].split() if word not in ("a", "an", "left", "of", "above")]
         assert left == nouns
-        assert meta["captions"]["de"] == ", ".join(meta["parts"]["de"]["nouns"])
+        assert meta["captions"]["ru"] == ", ".join(meta["parts"]["ru"]["nouns"])
+        assert meta["captions"]["fr"] == compose_caption("fr", nouns, "".join(relations)).text
         assert meta["license"] == "CC BY-SA 4.0" and "OpenMoji" in meta["attribution"]
     assert "CC BY-SA 4.0" in (folder / "LICENSE.txt").read_text(encoding="utf-8")
     png = Image.open(io.BytesIO(samples(folder, "held_out")[0]["png"]))
