@@ -61,11 +61,12 @@ def build(folder: Path) -> None:
 
 
 def recipe_of(name: str) -> dict:
-    """The recipe of the objective's embedded default; in the place of several streams, one of pairs."""
+    """The recipe of the objective's embedded default; of UniX², what its embeddings are learned by."""
     (path,) = (path for path in (RECIPES / name).glob("*.yaml") if path.stem in ("tiny", f"openmoji_{name}"))
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     if "pairs" in recipe["data"]:
-        recipe["data"] = {"crop_scale": [1.0, 1.0], "flip": False}
+        weights = dict.fromkeys(find_objective(name).losses, 0.0) | {"cmcl": 1.0}
+        recipe |= {"data": {"crop_scale": [1.0, 1.0], "flip": False}, "loss_weights": weights}
     return recipe
 
 
