@@ -51,7 +51,8 @@ class TextConfig(FetchConfig):
             Without it, the embedded ones.
         embedded: What to take without `shards`: OpenMoji's single drawings with names in 14 languages, and a tokenizer
             of the English ones ('drawings') or of all ('languages'); or compositions of one or two drawings, with
-            captions as "a cake above an owl", and likewise ('compositions', 'composed_languages').
+            captions as "a cake above an owl", and a tokenizer of the English ones ('compositions') or of those in
+            ten languages ('composed_languages').
         held_out: Shards to evaluate on, written like `shards`. Without it, the held-out embedded ones where
             `shards` is left out too, else no evaluation.
         tokenizer: A tokenizer.json, a folder that holds one, or a name on the Hugging Face hub. Without it,

@@ -86,7 +86,7 @@ class Server:
 
         class Httpd(ThreadingHTTPServer):
             daemon_threads = True
-            request_queue_size = 128  # of 5 the rest waits a second for its client's next attempt
+            request_queue_size = 128  # more than the default 5: who finds it full tries again after a second
 
         self._httpd = Httpd(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._httpd.serve_forever, kwargs={"poll_interval": 0.05})
