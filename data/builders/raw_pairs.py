@@ -1,7 +1,6 @@
 """Images with captions that are not shards yet, from a folder of files or from Parquet, prepared for shards."""
 
 import io
-import itertools
 import json
 import logging
 import warnings
@@ -15,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image, ImageOps
 
+from mug.data.builders.own_keys import OwnKeys
 from mug.data.builders.pair_files import pair_files
 from mug.data.builders.writers import Sample, encoded, key_of
 from mug.data.captions import TEXT_LANGUAGE, clean, decode, in_json, texts
@@ -46,7 +46,7 @@ def folder_pairs(
     """
     if not folder.is_dir():
         raise DataError(f"'{folder}' is not a folder: give one that holds images")
-    keys = _Keys()
+    keys = OwnKeys()
     for files in pair_files(folder, caption, left_out, lambda inside: wanted(printable(key_of(inside)))):
         inside = files.image.relative_to(folder)
         key = printable(key_of(inside))
@@ -61,26 +61,6 @@ def folder_pairs(
             left_out.add("files that cannot be read", f"'{error.filename}': {error.strerror}")
 
 
-class _Keys:
-    """Gives each pair a key of its own: one that came before gets a number, with a warning."""
-
-    def __init__(self):
-        self.seen: set[str] = set()
-        self.twice = 0
-
-    def own(self, key: str, source: object) -> str:
-        own = next(
-            one for one in itertools.chain([key], (f"{key}_{i}" for i in itertools.count(2))) if one not in self.seen
-        )
-        self.seen.add(own)
-        if own != key:
-            self.twice += 1
-            if self.twice.bit_count() == 1:  # at 1, 2, 4, 8, …
-                line = "%d pairs have a key that came before, and get a number; the latest: '%s' has key '%s'"
-                log.warning(line, self.twice, printable(str(source)), own)
-        return own
-
-
 def parquet_pairs(source: Path, caption: str | None, wanted: Callable[[str], bool]) -> Iterator[Sample]:
     """Yields the rows whose key is wanted, of a Parquet file or of all in a folder; `caption` names their column.
 
@@ -90,7 +70,7 @@ def parquet_pairs(source: Path, caption: str | None, wanted: Callable[[str], boo
     Raises:
         DataError: the file does not exist, is damaged, or lacks a column of images, or `caption`.
     """
-    keys = _Keys()
+    keys = OwnKeys()
     for number, (row, columns) in enumerate(_rows(source, caption)):
         key = _row_key(row.get(columns.get("key")), number)
         own_key = keys.own(key, f"row {number}")

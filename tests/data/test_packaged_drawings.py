@@ -104,6 +104,19 @@ def test_icons_are_taken_once_in_their_largest_size(tmp_path):
     assert pairs["list add"].meta["label"] == "actions" and pairs["list add"].meta["group"] == "list add"
 
 
+def test_a_key_of_two_sets_is_kept_apart_when_their_captions_are_shuffled(tmp_path):
+    for name in "ab":
+        samples = [Sample(f"apps/{i}", one_colour(), "png", f"{name}{i}", {}) for i in range(3)]
+        (tmp_path / name).mkdir()
+        list(write_shards(samples, tmp_path / name, "train-", "tar", 4))
+    shards = f"{tmp_path}/a/train-*.tar {tmp_path}/b/train-*.tar"
+    pairs = [*shuffled_pairs(shards, every)]
+    assert [one.key for one in pairs] == [*(f"apps/{i}" for i in range(3)), *(f"apps/{i}_2" for i in range(3))]
+    assert sorted(one.caption for one in pairs) == [f"{name}{i}" for name in "ab" for i in range(3)]
+    assert [one.key for one in shuffled_pairs(shards, "apps/1".__eq__)] == ["apps/1", "apps/1_2"]
+    list(write_shards(pairs, tmp_path, "both-", "tar", 6))
+
+
 def test_vector_icons_are_drawn_on_white(tmp_path):
     put(tmp_path / "64x64/apps/word-pad.svg", "#00ff00")
     (tmp_path / "64x64/apps/write.svg").symlink_to("word-pad.svg")
