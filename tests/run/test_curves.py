@@ -1,7 +1,7 @@
 """The curve of every objective on image-text pairs is the same for any ranks, accumulation and ZeRO stage.
 
 The oracle is plain PyTorch in one process, with the entire batch at once. The tests take two cases of each objective,
-which cover all settings over the objectives; all cases of those named: python tests/run/test_curves.py [NAME …]
+which cover all settings over the objectives. All 36 cases: PYTHONPATH=tests python tests/run/test_curves.py [NAME …]
 """
 
 import dataclasses
