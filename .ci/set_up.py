@@ -19,6 +19,8 @@ TESTED = ((3, 11), (3, 12))
 DISK_GB = 8  # of the environment, with what is unpacked on the way
 TEMPORARY_GB = 4  # of it, in the folder for temporary files
 MEMORY_GB = 4  # of the demo's processes, or of two that test
+# What the commands import when they need it.
+LIBRARIES = "deepspeed, scipy.stats, sklearn.linear_model, timm, torch._dynamo, transformers"
 # pip's settings that uv reads under other names.
 FOR_UV = {
     "index-url": ("UV_DEFAULT_INDEX",),
@@ -91,7 +93,7 @@ def install(venv: Path, constraints: str) -> None:
     run([*pip, "--upgrade", "-c", constraints, "pip", "setuptools", "wheel"])
     uv = shutil.which("uv") or fetch_uv(venv, [*pip, "-c", constraints])
     commands = [[uv, "pip", "install", "-q", "--python", python]] if uv else []
-    commands += [[*pip, "--no-compile"]]  # modules are compiled when they are first imported
+    commands += [[*pip, "--no-compile"]]  # all there is would take minutes
     if uv:
         found = uv_variables(pip_settings(python))
         os.environ.update({name: value for name, value in found.items() if name not in os.environ})
@@ -99,6 +101,15 @@ def install(venv: Path, constraints: str) -> None:
     run(*([*command, "-c", constraints, "torch", "torchvision"] for command in commands))
     say(3, "DeepSpeed and the rest: up to 1 minute")
     run(*([*command, "-c", constraints, "-e", ".[test]"] for command in commands))
+    say(4, "bytecode of what the commands import: up to half a minute")
+    write_bytecode(python)
+
+
+def write_bytecode(python: str) -> None:
+    """Import the libraries once: where Python may not write bytecode, each process would compile them again."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([python, "-c", f"import {LIBRARIES}"], env=environment, check=False, **silent)
 
 
 def fetch_uv(venv: Path, pip: list) -> str | None:
@@ -136,7 +147,7 @@ def uv_variables(settings: dict) -> dict:
 
 
 def say(step: int, what: str) -> None:
-    print(f"[set-up {step}/3] {what}", flush=True)
+    print(f"[set-up {step}/4] {what}", flush=True)
 
 
 def run(*commands: list) -> None:

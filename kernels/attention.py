@@ -11,7 +11,7 @@ import os
 import torch
 from torch import Tensor
 
-from mug.kernels.attention_backends import HALVES, RUN, Masks, apart, obstacle, sdpa
+from mug.kernels.attention_backends import HALVES, RUN, Masks, apart, constant_when_compiled, obstacle, sdpa
 from mug.kernels.attention_table import TABLE, Key, architecture, bucket
 from mug.kernels.errors import BackendError
 
@@ -220,7 +220,7 @@ def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> str:
     return choice
 
 
-@torch.compiler.assume_constant_result  # on a function around the cached one, as torch.compile looks into caches
+@constant_when_compiled  # on a function around the cached one, as torch.compile looks into caches
 def _candidates(*kind) -> tuple[str, ...]:
     return _look_up(*kind)
 
@@ -237,7 +237,7 @@ def _look_up(
     return (measured, *unmeasured) if measured else unmeasured
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _log_choice(choice: str, *kind) -> None:
     _log_once(choice, *kind)
 

@@ -41,6 +41,15 @@ class Masks(NamedTuple):
         return self.cu_seqlens_q, self.cu_seqlens_k
 
 
+def constant_when_compiled(function: Callable) -> Callable:
+    """Mark a function that torch.compile calls while it compiles, and whose result it takes for a constant.
+
+    As torch.compiler.assume_constant_result, which also imports the compiler: 5 CPU seconds of every process.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def obstacle(backend: str, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> str | None:
     """Returns why the backend cannot serve this call, naming the argument; None if it can, as far as is known."""
     if backend in ("reference", "sdpa", "sdpa_math"):
@@ -82,7 +91,7 @@ def _sdpa_obstacle(backend: str, q: Tensor, masks: Masks) -> str | None:
     return "its device lacks varlen_attn, which needs sm_80" if _before_ampere(str(q.device)) else None
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _before_ampere(device: str) -> bool:
     return int(architecture(device).removeprefix("sm_")) < 80
 
@@ -107,7 +116,7 @@ def _flash_obstacle(q: Tensor, masks: Masks) -> str | None:
     return "kv_lengths: it does not support padding; pack with cu_seqlens" if masks.kv_lengths is not None else None
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def installed(backend: str) -> bool:
     """Whether what is behind a backend, or PyTorch's varlen_attn, can be imported; "flash_attn" is version 3 or 2."""
     modules = {

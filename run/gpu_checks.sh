@@ -48,6 +48,7 @@ results=$(realpath -m "$results") work=$(realpath -m "${work:-$results.work}")
 rm -rf "$work"
 mkdir -p "$results" "$work/site/mug" && touch "$work/.gpu_checks" || exit 2
 for folder in model data kernels run; do ln -s "$PWD/$folder" "$work/site/mug/$folder"; done
+unset PYTHONDONTWRITEBYTECODE # without bytecode each part would compile its libraries again
 export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTORCH_ALLOC_CONF=expandable_segments:True
 export TRITON_CACHE_DIR=$work/triton TORCHINDUCTOR_CACHE_DIR=$work/inductor
 [ -d gpu_bundle/triton_cache ] && cp -r gpu_bundle/triton_cache "$TRITON_CACHE_DIR"
