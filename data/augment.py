@@ -1,5 +1,7 @@
 """timm's augmentations of views and of batches, made functions of the draw that they are given.
 
+timm is imported where it is used: it takes seconds, and evaluations augment nothing.
+
 Dimension letters: B batch, S side of a view, C classes.
 """
 
@@ -11,9 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
-from timm.data.mixup import FastCollateMixup, mixup_target
-from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from mug.data.errors import DataError
@@ -68,6 +67,9 @@ class Augment:
     """RandAugment and random erasing of views; mixup, CutMix and smoothed targets of batches."""
 
     def __init__(self, config: AugmentConfig, size: int, classes: int):
+        from timm.data.mixup import FastCollateMixup
+        from timm.data.random_erasing import RandomErasing
+
         self.policy = _policy(config.rand_augment, size) if config.rand_augment else None
         self.erase = RandomErasing(config.erase, mode="pixel", device="cpu") if config.erase else None
         self.classes, self.smoothing = classes, config.label_smoothing
@@ -96,6 +98,8 @@ class Augment:
 
     def batch(self, views: list[np.ndarray], labels: list[int], draw: int) -> tuple[Tensor, Tensor]:
         """Returns uint8 [B, 3, S, S] and fp32 targets [B, C]: views mixed, or not, with those as far from the end."""
+        from timm.data.mixup import mixup_target
+
         if self.mixer is None:
             target_BC = mixup_target(torch.tensor(labels), self.classes, smoothing=self.smoothing)
             return torch.from_numpy(np.stack(views)), target_BC
@@ -108,6 +112,8 @@ class Augment:
 
 def _policy(name: str, size: int):
     """Returns timm's transform; what rotates or shifts in from outside has the mean colour."""
+    from timm.data.auto_augment import rand_augment_transform
+
     colours = {
         "translate_const": int(size * 0.45),
         "img_mean": tuple(min(255, round(255 * mean)) for mean in PIXEL_MEAN),

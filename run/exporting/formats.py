@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -60,6 +59,8 @@ class Format:
 
 def architecture(config: EncoderConfig) -> str:
     """Returns the name of the timm model that takes our weights, given `timm_arguments`."""
+    import timm  # takes seconds
+
     name = f"vit_{config.preset}_patch{config.patch_size}_{config.image_size}"
     return name if name in timm.list_models() else "vit_base_patch16_224"
 
@@ -76,6 +77,8 @@ def timm_arguments(config: EncoderConfig) -> dict[str, int]:
 
 def _timm_model(model: Objective) -> nn.Module:
     """Returns timm's model with our encoder's weights, and the description of its preprocessing."""
+    import timm
+
     config, side = model.config, model.config.image_size
     described = {
         "input_size": (3, side, side),
@@ -104,6 +107,8 @@ def write_timm(model: Objective, folder: Path) -> None:
     Raises:
         RunError: layer norms with another epsilon than timm's, which its config.json cannot hold.
     """
+    import timm
+
     if (eps := model.encoder.norm.eps) != NORM_EPS:
         raise RunError(f"timm: its ViT has layer norms with eps {NORM_EPS}, not {eps}; choose another --format")
     arguments = timm_arguments(model.config)
@@ -112,6 +117,8 @@ def write_timm(model: Objective, folder: Path) -> None:
 
 
 def read_timm(folder: Path, model: Objective, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    import timm
+
     arguments = timm_arguments(model.config)
     path = str(folder / WEIGHTS)
     loaded = timm.create_model(architecture(model.config), num_classes=0, checkpoint_path=path, **arguments).eval()
