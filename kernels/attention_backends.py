@@ -44,7 +44,7 @@ class Masks(NamedTuple):
 def constant_when_compiled(function: Callable) -> Callable:
     """Mark a function that torch.compile calls while it compiles, and whose result it takes for a constant.
 
-    As torch.compiler.assume_constant_result, which also imports the compiler: 5 CPU seconds of every process.
+    As torch.compiler.assume_constant_result, which also imports the compiler: seconds of every process.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
