@@ -5,7 +5,6 @@ python run/train_tokenizer.py 'cc3m/{00000..00331}.tar' --out cc3m_tokenizer.jso
 python run/train_tokenizer.py 'emoji/*.tar' --out tokenizer.json --model unigram --language en,de,ja --vocabulary 16000
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -21,7 +20,7 @@ from mug.data.languages import check_languages
 from mug.data.reader import Reader
 from mug.run.common.command_line import Parser, check_min
 from mug.run.common.console import Console, run_command
-from mug.run.common.errors import RunError
+from mug.run.common.output import check_new_file
 
 REPORT_EVERY = 100_000  # pairs
 
@@ -29,10 +28,7 @@ REPORT_EVERY = 100_000  # pairs
 def main(console: Console) -> None:
     options = parse()
     out = Path(options.out)
-    if out.exists():
-        raise RunError(f"--out {out} exists, and runs may use it: choose another file, or remove it first")
-    if not os.access(out.parent, os.W_OK):
-        raise RunError(f"--out {out}: the folder {out.parent} is missing or cannot be written")
+    check_new_file(out, "--out")
     data = DataConfig(language=options.language, caption=options.caption)
     read = read_captions(options.shards, options.samples, data, console)
     if options.model == "unigram":

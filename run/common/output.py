@@ -29,6 +29,14 @@ def check_writable_file(path: Path, name: str) -> None:
         raise RunError(f"{name} {path}: cannot write there; choose a writable file in an existing directory")
 
 
+def check_new_file(path: Path, name: str) -> None:
+    """Raise RunError unless the file that option `name` gives can be created: runs may use one that exists."""
+    if path.exists():
+        raise RunError(f"{name} {path} exists, and runs may use it: choose another file, or remove it first")
+    if not os.access(path.resolve().parent, os.W_OK):
+        raise RunError(f"{name} {path}: the folder {path.parent} is missing or cannot be written")
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file atomically: on an error, such as a full disk, it stays as it was."""
     data = content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content
