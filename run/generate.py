@@ -193,7 +193,10 @@ def what_is_shown(objective: Objective) -> str:
     else:
         parts.append(f"Objective {name} does not reconstruct patches.")
     if writes_captions(objective):
-        parts.append("Captions are written from the full image; below, where it looked for each word.")
+        parts.append(
+            "Captions are written from the full image: green words are in the true caption, in the same order, and"
+            " underlined red ones are not. Below, where it looked for each word."
+        )
     else:
         parts.append(f"Objective {name} does not write captions.")
     return " ".join(parts)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 440, 250
-LEFT, RIGHT, TOP, BOTTOM = 50, 12, 8, 36  # margins around the plot
+WIDTH, HEIGHT = 340, 215  # about the pixels of a chart on a phone, so that its text is as large as the style says
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 8, 38  # margins around the plot
 TICKS = 5
 UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 SMOOTH_FROM = 60  # points; fewer are drawn as they are
@@ -51,8 +51,10 @@ class Axis:
     def over(values: Sequence[float], begin: float, end: float, log: bool = False, room: float = 0.0) -> "Axis":
         """Returns an axis that holds the values and leaves the share `room` free at both ends."""
         low, high = min(values), max(values)
-        if low == high:  # one value: any width will do
-            low, high = (low / 2, high * 2) if log else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
+        if low == high == 0:  # mostly shares and counts, which are never negative
+            high = 1.0
+        elif low == high:  # one value: any width will do
+            low, high = (low / 2, high * 2) if log else (low - abs(low) / 2, high + abs(high) / 2)
         if log:
             factor = (high / low) ** room
             return Axis(low / factor, high * factor, begin, end, log)
@@ -150,7 +152,7 @@ def _frame(x_axis: Axis, y_axis: Axis, x_label: str) -> Iterator[str]:
     for value, label in y_axis.ticks():
         y = y_axis.pixel(value)
         yield f'<path class="grid" d="M{left} {y:.1f}H{right}"/>'
-        yield f'<text class="y" x="{left - 6}" y="{y + 3.5:.1f}">{label}</text>'
+        yield f'<text class="y" x="{left - 6}" y="{y + 4:.1f}">{label}</text>'
     for value, label in x_axis.ticks():
         x = x_axis.pixel(value)
         yield f'<path class="tick" d="M{x:.1f} {bottom}v4"/>'
@@ -171,7 +173,7 @@ def _curve(line: Line, x_axis: Axis, y_axis: Axis) -> str:
     parts = [_path("raw" if line.smooth else "curve", line.points, x_axis, y_axis)]
     if line.smooth:
         parts.append(_path("curve", line.smooth, x_axis, y_axis))
-    if line.marked:
+    if line.marked or len(line.points) == 1:  # a short run has one training point
         pixels = [(x_axis.pixel(x), y_axis.pixel(y)) for x, y in line.points if y is not None]
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in pixels]
     return f'<g class="{kind} c{line.colour}">{"".join(parts)}</g>'

@@ -12,9 +12,9 @@ from mug.run.reporting.grid import Row
 
 WIDTH, MARGIN, GAP, RADIUS = 720, 24, 12, 20  # pixels
 CARD, INK, FAINT, RIGHT, WRONG = "#ffffff", "#1f2328", "#5f6771", "#0a7d33", "#c62828"
-TITLES = {"original": "image", "masked": "what the encoder sees", "reconstruction": "reconstruction"}
+TITLES = {"original": "image", "masked": "the encoder sees", "reconstruction": "reconstruction"}
 FRAME_MS, LAST_MS = 300, 2500
-WRITTEN_WIDTH, WRITTEN_LINES = 17, 2  # characters in a line, and lines, of captions below moving pictures
+WRITTEN_WIDTH, WRITTEN_LINES = 13, 3  # characters in a line, and lines, of captions below moving pictures
 
 
 def draw_hero(rows: Sequence[Row]) -> Image.Image:
@@ -28,7 +28,7 @@ def draw_hero(rows: Sequence[Row]) -> Image.Image:
     draw.rounded_rectangle((0, 0, card.width - 1, card.height - 1), RADIUS, fill=CARD)
     lefts = [MARGIN + number * (side + GAP) for number in range(len(names))]
     for left, name in zip(lefts, names, strict=True):
-        draw.text((left, MARGIN - 4), TITLES.get(name, name), fill=FAINT, font=ImageFont.load_default(20))
+        draw.text((left, MARGIN - 8), TITLES.get(name, name), fill=FAINT, font=_font(24))
     y = MARGIN + 32
     for row, few in zip(rows, lines, strict=True):
         for left, image in zip(lefts, row.images.values(), strict=True):
@@ -87,7 +87,7 @@ def draw_training(grids: Mapping[int, Sequence[Row]], painted: str, shown: int =
     """Returns an animated WebP of `shown` pairs: their other images, and below them `painted` at each step."""
     frames, side = [], (WIDTH - 2 * MARGIN - (shown - 1) * GAP) // shown
     for step, rows in grids.items():
-        frame = Image.new("RGB", (WIDTH, MARGIN + 30 + 2 * (side + GAP) + 24 * WRITTEN_LINES + 6), CARD)
+        frame = Image.new("RGB", (WIDTH, MARGIN + 30 + 2 * (side + GAP) + 30 * WRITTEN_LINES + 6), CARD)
         draw = ImageDraw.Draw(frame)
         draw.text((MARGIN, MARGIN - 8), f"step {step:,}", fill=INK, font=_font(24))
         for number, row in enumerate(rows[:shown]):
@@ -96,7 +96,7 @@ def draw_training(grids: Mapping[int, Sequence[Row]], painted: str, shown: int =
                 frame.paste(row.images[name].resize((side, side), Image.Resampling.LANCZOS), (left, top))
                 top += side + GAP
             lines = textwrap.wrap(row.captions.get("written", ""), WRITTEN_WIDTH)[:WRITTEN_LINES]
-            draw.text((left, top), "\n".join(lines), fill=INK, font=_font(18))
+            draw.text((left, top), "\n".join(lines), fill=INK, font=_font(23))
         frames.append(frame)
     times = [FRAME_MS] * (len(frames) - 1) + [LAST_MS]
     return encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], duration=times, loop=0, quality=60)

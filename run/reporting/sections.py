@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mug.run.reporting.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, can_be_log, draw
+from mug.run.reporting.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, can_be_log, draw, short
 from mug.run.reporting.grid import Row as GridRow
 from mug.run.reporting.grid import read_grid
 from mug.run.reporting.hero import draw_hero, draw_training
@@ -31,9 +31,9 @@ PLOT = {"left": LEFT, "width": WIDTH - LEFT - RIGHT, "top": TOP, "height": HEIGH
 PAINTED = "reconstruction"  # the column of a grid that changes in training
 # Medians in the first table: name in the rows, title, format.
 SUMMARIES = (
-    ("images_per_s", "images a second, median", ".4g"),
-    ("data_wait", "data wait, median", ".1%"),
-    ("mfu", "model FLOPs utilisation, median", ".1%"),
+    ("images_per_s", "images a second, median", short),
+    ("data_wait", "data wait, median", "{:.1%}".format),
+    ("mfu", "model FLOPs utilisation, median", "{:.1%}".format),
 )
 TO_FIRST_STEP = "seconds/total"  # of a start or resume event; its parts are seconds/PHASE
 
@@ -117,10 +117,13 @@ def _facts(run: RunFolder) -> dict[str, str]:
         facts["samples seen"] = f"{positions[-1]:,}"
     if held_out:
         metrics = {name: value for name, value in held_out[-1].items() if "/" in name and value is not None}
-        facts["held out, last evaluation"] = _pairs(metrics)
+        shares = correct_line(metrics)
+        others = {name: value for name, value in metrics.items() if not (shares and name.startswith("correct"))}
+        facts["held out, last evaluation"] = _pairs(others)
+        facts["held-out captions"] = shares or None
     for name, title, form in SUMMARIES:
         if values := [row[name] for row in run.rows if row.get(name) is not None]:
-            facts[title] = format(statistics.median(values), form)
+            facts[title] = form(statistics.median(values))
     facts["samples replaced"] = f"{run.bad_samples.entries:,}"
     facts |= _interruptions(run)
     if launches:
@@ -143,7 +146,7 @@ def _interruptions(run: RunFolder) -> dict[str, str]:
     saves = [row for row in run.of_kind("event") if row.get("event") == "checkpoint"]
     if stalls := [row["seconds"] for row in saves if row.get("seconds") is not None]:
         facts["checkpoint stall"] = (
-            f"{statistics.median(stalls):.2f} s, median of {len(stalls)}; {sum(stalls):.0f} s in all"
+            f"{statistics.median(stalls):.2f} s, median of {len(stalls)}; {sum(stalls):.1f} s in all"
         )
     return facts
 
@@ -153,7 +156,12 @@ def _interruptions(run: RunFolder) -> dict[str, str]:
 
 def charts(metrics: Sequence[Figure], x_label: str, runs: Sequence[RunFolder]) -> list[Block]:
     marks = _resumes(runs) if x_label == "step" else []
-    return [Block(figures=[_chart(figure, x_label, marks) for figure in metrics])] if metrics else []
+    if not metrics:
+        return []
+    held_out = any(line.label.endswith("held out") for figure in metrics for line in figure.lines)
+    notes = ["Held out: on samples that are never trained on."] * held_out
+    notes += ["Upright dashes: resumed from a checkpoint."] * bool(marks)
+    return [Block(note=" ".join(notes), figures=[_chart(figure, x_label, marks) for figure in metrics])]
 
 
 def _resumes(runs: Sequence[RunFolder]) -> list[tuple[float, int, str]]:
@@ -220,6 +228,10 @@ def pictures(runs: Sequence[RunFolder], warn: Callable[[str], None]) -> list[Blo
     blocks = []
     for number, run in enumerate(runs):
         grids = _grids(run, warn, STEPS_SHOWN)
+        if grids and not blocks:
+            blocks.append(
+                Block(note="Samples that are never trained on, and what the model made of them at each step.")
+            )
         pairs = zip(*(grid[:limit] for grid in grids.values()))  # noqa: B905  of all steps, as many as each has
         if grids:
             blocks.append(Block(_named(run, number), strips=[_strip(list(grids), list(pair)) for pair in pairs]))

@@ -19,7 +19,7 @@ from PIL import Image
 from mug.run import report
 from mug.run.common.errors import RunError
 from mug.run.reporting import sections
-from mug.run.reporting.chart import smoothed, thinned
+from mug.run.reporting.chart import LEFT, RIGHT, WIDTH, Line, draw, smoothed, thinned
 from mug.run.reporting.grid import Picture, draw_grid, read_grid
 from mug.run.reporting.grid import Row as GridRow
 from mug.run.reporting.runs import open_runs
@@ -195,7 +195,7 @@ def test_what_interruptions_and_saves_cost(tmp_path):
     assert overview["goodput"] == "62.5%"
     assert overview["restarts"] == "3"
     assert overview["restart to first step"] == "26.0 s, median"
-    assert overview["checkpoint stall"] == "0.38 s, median of 4; 4 s in all"
+    assert overview["checkpoint stall"] == "0.38 s, median of 4; 4.0 s in all"
 
 
 def test_pictures_and_captions_of_every_evaluation(made):
@@ -289,6 +289,28 @@ def test_a_grid_is_read_as_it_was_drawn(tmp_path):
                 assert np.array_equal(np.asarray(image).transpose(2, 0, 1), picture.images[name].numpy())
 
 
+def test_one_point_is_seen_and_zero_is_the_lowest_count():
+    assert draw([Line("run", 0, [(20.0, 3.0)])], "step").count("<circle") == 1
+    assert "<circle" not in draw([Line("run", 0, [(10.0, 3.0), (20.0, 3.0)])], "step")
+    zero = draw([Line("run", 0, [(20.0, 0.0)])], "step")
+    assert re.findall('<text class="y".*?>(.*?)</text>', zero) == ["0.0", "0.5", "1.0"]
+
+
+def test_held_out_shares_of_captions_have_a_row_of_their_own(tmp_path):
+    shares = {"correct/captions": 0.25, "correct/nouns": 0.5}
+    rows = [
+        train_row(20, 1.0) | {"images_per_s": 12194.0},
+        {"kind": "eval", "step": 20, "loss/total": 2.0} | shares,
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = sections.build("title", open_runs([str(tmp_path)]), warn=pytest.fail)
+    overview = dict(row for row in cells(page, "<h2>Runs") if row[0])
+    assert overview["held out, last evaluation"] == "loss/total 2"
+    assert overview["held-out captions"] == "captions entirely correct 25.0%, nouns 50.0%"
+    assert overview["images a second, median"] == "12.19k"
+    assert "Held out: on samples that are never trained on." in page and "Upright dashes" not in page
+
+
 def test_a_strip_of_a_model_that_only_writes_has_a_caption_a_step():
     original = Image.new("RGB", (8, 8))
     rows = [GridRow({"original": original}, {"written": f"at {step}", "true": "a <b>"}) for step in (1, 2)]
@@ -337,7 +359,7 @@ addEventListener("load", () => {
 @pytest.mark.parametrize("width", [1280, 500])
 def test_chromium_shows_it_without_a_complaint(made, tmp_path, width):
     """500 px is the least that headless Chromium's window takes."""
-    probe = PROBE.replace("LEFT", "50").replace("RIGHT", "12").replace("WIDTH", "440")
+    probe = PROBE.replace("LEFT", str(LEFT)).replace("RIGHT", str(RIGHT)).replace("WIDTH", str(WIDTH))
     copy = tmp_path / "page.html"
     copy.write_text(made[0].read_text().replace("</html>", probe + "</html>"))
     flags = [

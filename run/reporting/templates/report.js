@@ -1,7 +1,11 @@
 {# Under the pointer, the legend shows the values at its place instead of the last ones, and the axis says where that
 is. The first x of a series that is not left of the pointer is found by bisection. `plot` is in the SVG's own pixels. #}
 const LEFT = {{ plot.left }}, SPAN = {{ plot.width }}, TOP = {{ plot.top }}, HEIGHT = {{ plot.height }};
-const short = v => Math.abs(v) >= 1e4 || (v && Math.abs(v) < 1e-3) ? v.toExponential(2) : String(+v.toPrecision(4));
+const short = v => {
+  const size = Math.abs(v), units = [[1e9, "G"], [1e6, "M"], [1e3, "k"]];
+  const [factor, unit] = size >= 1e4 ? units.find(([from]) => size >= from) : [1, ""];
+  return size && size < 1e-3 ? v.toExponential(2) : +(v / factor).toPrecision(4) + unit;
+};
 for (const chart of document.querySelectorAll(".chart")) {
   const { series } = JSON.parse(chart.querySelector("script").textContent);
   const outputs = [...chart.querySelectorAll("output")], last = outputs.map(o => o.textContent);
