@@ -59,11 +59,11 @@ def parse(arguments: list[str] | None = None) -> Namespace:
 
 def bench_loading(console: Console, options: Namespace) -> None:
     """Measure indexing, decoding in one thread, and complete loaders."""
-    load_package("webdataset", "bench")  # before minutes of other measurements
+    load_package("webdataset", "bench")  # this and the photographs before minutes of other measurements
+    photos = [(size, decode.photographs(options.photos, *size)) for size in SIZES]
     with tempfile.TemporaryDirectory() as folder:
         show(console, "Index of a tar shard", index.metrics(Path(folder)))
-    for width, height in SIZES:
-        jpegs = decode.photographs(options.photos, width, height)
+    for (width, height), jpegs in photos:
         console.info(f"{len(jpegs)} photographs of {width}x{height}")
         show(console, f"One thread, {width}x{height} to 224", decode.one_thread(jpegs, SCALE, rounds=5))
         with tempfile.TemporaryDirectory() as folder:
