@@ -4,7 +4,7 @@
     python run/bench_model.py                                         # base, large, huge on a GPU, in bf16
     python run/bench_model.py --preset base --batch 512 --compile
     python run/bench_model.py --preset huge --activation_checkpointing elementwise
-    python run/bench_model.py --preset tiny --batch 32 --device cpu   # in fp32
+    python run/bench_model.py --device cpu                            # tiny, in fp32
 
 Needs no DeepSpeed and no data. Each line ends with what takes the step's time. MFU counts the tokens that captions
 have (half of the text length here), not their padding, of which the model computes nothing.
@@ -12,7 +12,6 @@ have (half of the text length here), not their padding, of which the model compu
 
 from typing import Literal
 
-import psutil
 import torch
 from jsonargparse import Namespace
 
@@ -31,6 +30,7 @@ BATCHES = {
     130e9: {"tiny": 1024, "small": 1024, "base": 1024, "large": 512, "huge": 256},
     0.0: {"tiny": 512, "small": 512, "base": 512, "large": 256, "huge": 128},
 }
+ON_CPU = {"tiny": 64, "small": 16, "base": 8, "large": 4, "huge": 2}  # seconds a step on two cores
 
 
 def main(console: Console) -> None:
@@ -41,10 +41,9 @@ def main(console: Console) -> None:
     record = Record(options.json)
     record.add(machine_row(device, dtype, ceilings))
     console.info(kernel_report.introduction(record.rows[0]))
-    memory = device_memory(device)
-    batches = dict.fromkeys(options.preset, options.batch) if options.batch else fitting(memory)
+    batches = dict.fromkeys(options.preset, options.batch) if options.batch else suiting(device)
     if not options.batch:
-        console.info(f"batches for {memory / 1e9:.0f} GB: {', '.join(f'{p} {batches[p]}' for p in options.preset)}")
+        console.info(f"batches: {', '.join(f'{preset} {batches[preset]}' for preset in options.preset)}")
     blocks = Blocks(options.compile, options.activation_checkpointing)
     for preset in options.preset:
         row, batch = None, batches[preset]
@@ -60,21 +59,19 @@ def main(console: Console) -> None:
         record.add(row)
 
 
-def device_memory(device: torch.device) -> int:
-    """Returns the bytes of the GPU's memory; of the machine's where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total
+def suiting(device: torch.device) -> dict[str, int]:
+    """Returns preset → samples of a step that suit the device."""
+    return ON_CPU if device.type == "cpu" else fitting(torch.cuda.get_device_properties(device).total_memory)
 
 
 def fitting(memory: float) -> dict[str, int]:
-    """Returns preset → samples of a step for a device of so many bytes."""
+    """Returns preset → samples of a step for a GPU of so many bytes."""
     return BATCHES[max(minimum for minimum in BATCHES if memory >= minimum)]
 
 
 def parse() -> Namespace:
     parser = Parser(prog="bench_model.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", nargs="+", default=["base", "large", "huge"], help=f"of {', '.join(PRESETS)}")
+    parser.add_argument("--preset", nargs="+", help=f"of {', '.join(PRESETS)}; base, large, huge, on a CPU tiny")
     parser.add_argument("--batch", type=int, help="samples of a step; by default what suits the device's memory")
     parser.add_argument("--steps", type=int, default=20, help="timed steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
@@ -87,6 +84,7 @@ def parse() -> Namespace:
     )
     parser.add_argument("--json", type=str, help="write all results to this file, a JSON object a line")
     options = parser.parse_args()
+    options.preset = options.preset or (["tiny"] if options.device == "cpu" else ["base", "large", "huge"])
     unknown = [preset for preset in options.preset if preset not in PRESETS]
     if unknown:
         raise RunError(f"--preset {unknown[0]} is not one of {', '.join(PRESETS)}")

@@ -100,6 +100,11 @@ def test_batches_fit_the_memory_of_the_device(gigabytes, base):
     assert batches["base"] == base and batches["large"] == base // 2 and batches["huge"] == base // 4
 
 
+def test_a_cpu_is_asked_for_seconds_a_step(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench_model.py", "--device", "cpu"])
+    assert bench_model.parse().preset == ["tiny"] and bench_model.suiting(torch.device("cpu"))["huge"] == 2
+
+
 def test_a_batch_that_does_not_fit_is_halved_unless_it_was_named(monkeypatch):
     tried, said = [], []
 
@@ -112,13 +117,13 @@ def test_a_batch_that_does_not_fit_is_halved_unless_it_was_named(monkeypatch):
     monkeypatch.setattr(bench_model, "measure_preset", measure)
     monkeypatch.setattr(bench_model, "measure_ceilings", lambda *_: Ceilings(1e9, 1e9))
     monkeypatch.setattr(bench_model, "describe", lambda row: f"done at {row['batch']}")
-    monkeypatch.setattr(bench_model, "device_memory", lambda device: 85e9)
+    monkeypatch.setattr(bench_model, "suiting", lambda device: fitting(85e9))
     console = SimpleNamespace(info=said.append)
     monkeypatch.setattr(sys, "argv", ["bench_model.py", "--device", "cpu", "--preset", "base"])
     bench_model.main(console)
     assert tried == [512, 256]
     assert said[1:] == [
-        "batches for 85 GB: base 512",
+        "batches: base 512",
         "base, batch 512: does not fit this GPU; trying 256",
         "done at 256",
     ]
