@@ -9,8 +9,7 @@ CONSTRAINTS ?= constraints.txt
 # Without a device that it could find, DeepSpeed warns that it finds none, at each start.
 ON_CPU := $(shell [ -e /dev/nvidiactl ] || [ -e /dev/kfd ] || [ -e /dev/dri ] || echo DS_ACCELERATOR=cpu)
 
-# Without the bytecode of its libraries, each process takes 8 CPU seconds more to start: it is written, even where the
-# environment forbids it, as containers often do.
+# Many containers set it. Without bytecode, each process compiles its libraries again, which takes 8 CPU seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint gpu-bundle check

@@ -93,7 +93,7 @@ def install(venv: Path, constraints: str) -> None:
     run([*pip, "--upgrade", "-c", constraints, "pip", "setuptools", "wheel"])
     uv = shutil.which("uv") or fetch_uv(venv, [*pip, "-c", constraints])
     commands = [[uv, "pip", "install", "-q", "--python", python]] if uv else []
-    commands += [[*pip, "--no-compile"]]  # all there is would take minutes
+    commands += [[*pip, "--no-compile"]]  # write_bytecode compiles what is needed; everything would take minutes
     if uv:
         found = uv_variables(pip_settings(python))
         os.environ.update({name: value for name, value in found.items() if name not in os.environ})
@@ -106,7 +106,7 @@ def install(venv: Path, constraints: str) -> None:
 
 
 def write_bytecode(python: str) -> None:
-    """Import the libraries once: where Python may not write bytecode, each process would compile them again."""
+    """Import the libraries once, as uv installs no bytecode: a process that may not write any would compile them again."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.run([python, "-c", f"import {LIBRARIES}"], env=environment, check=False, **silent)
