@@ -106,7 +106,7 @@ def install(venv: Path, constraints: str) -> None:
 
 
 def write_bytecode(python: str) -> None:
-    """Import the libraries once, as uv installs no bytecode: a process that may not write any would compile them again."""
+    """Import the libraries once: uv writes no bytecode, and a process that may not write any compiles them again."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.run([python, "-c", f"import {LIBRARIES}"], env=environment, check=False, **silent)
