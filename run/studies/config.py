@@ -1,6 +1,8 @@
 """The design of a study, as its YAML gives it: data, encoders, budget, judges, and comparisons declared beforehand."""
 
 import dataclasses
+import itertools
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +11,11 @@ from mug.model.objectives.objective import objective_names
 from mug.run.common.command_line import Parser, check_min
 from mug.run.common.errors import RunError
 from mug.run.evaluators.evaluator import find_evaluator
+
+BASELINES = {"raw pixels": "pixels", "components of pixels": "components", "untrained": "random"}  # --encoder of each
+METHODS = {"knn": "kNN", "linear_probe": "linear probe", "attentive_probe": "attentive probe"}  # in records
+SCRATCH = "from scratch"
+FOLDER = re.compile(r"[\w-][\w.-]*")  # name of a set or pool
 
 
 @dataclass(frozen=True)
@@ -223,9 +230,11 @@ def checked(study: Study) -> Study:
     """Returns the study.
 
     Raises:
-        RunError: a number out of range, or a name of nothing.
+        RunError: a number out of range, a name of nothing, one that cannot be that of a file, or nothing to compare.
     """
     check_min(study, {"samples": 1, "batch": 1, "seeds": 1, "vocabulary": 300, "curve": 0})
+    _check_names(study)
+    _check_present(study)
     for name, encoder in study.encoders.items():
         if (encoder.objective is None) == (encoder.like is None):
             raise RunError(f"encoders.{name} must have either an objective, or the encoder that it is like")
@@ -239,9 +248,42 @@ def checked(study: Study) -> Study:
             raise RunError(f"{what} {name!r} is not one of {', '.join(names)}")
     for name in study.frozen:
         find_evaluator(name)
+        if name not in METHODS:
+            raise RunError(f"frozen.{name} does not evaluate frozen encoders: give some of {', '.join(METHODS)}")
     for other in study.others.values():
         find_evaluator(other.eval)
     return study
+
+
+def _check_names(study: Study) -> None:
+    """Check that sets and pools are named as folders, and that no two names give the same file."""
+    for what, names in (("sets", study.sets), ("pools", study.pools)):
+        for name in names:
+            if not FOLDER.fullmatch(name):
+                raise RunError(f"{what} {name!r} is the name of a folder: give letters, digits, `_`, `-` and `.` alone")
+    encoders, columns = [*study.encoders, *BASELINES, SCRATCH], [*study.judges, *study.others]
+    for what, names in (("encoders", encoders), ("judges and others", columns)):
+        for one, other in itertools.combinations(names, 2):
+            if plain(one) == plain(other):
+                raise RunError(f"{what} {one!r} and {other!r} have the same files, {plain(one)}: rename one")
+
+
+def _check_present(study: Study) -> None:
+    """Check that there is something to compare, and to choose from."""
+    lists: dict[str, Any] = {name: getattr(study, name) for name in ("pools", "encoders", "judges", "frozen")}
+    lists |= {f"pools.{name}.sets": pool.sets for name, pool in study.pools.items()}
+    lists |= {f"{name}.rates": one.rates for name in ("grid", "finetune") if (one := getattr(study, name))}
+    for name, one in lists.items():
+        if not one:
+            raise RunError(f"{name} is empty: give one or more")
+    for pair in study.comparisons:
+        if len({*pair}) != 2 or len(pair) != 2:
+            raise RunError(f"comparisons {pair} must be two different encoders")
+
+
+def plain(name: str) -> str:
+    """Returns a name as that of a file without spaces."""
+    return "".join(character if character.isalnum() or character in ".-" else "_" for character in name)
 
 
 def _mentions(study: Study) -> Iterator[tuple[str, str, Iterable[str]]]:

@@ -9,15 +9,12 @@ from typing import Any
 from mug.model.objectives.objective import find_objective
 from mug.run.evaluators.evaluator import find_evaluator
 from mug.run.reporting.records import read_rows
-from mug.run.studies.config import Study
+from mug.run.studies.config import BASELINES, METHODS, SCRATCH, Study, plain
 from mug.run.studies.jobs import RUN, Job, flags
 from mug.run.training.recipe import flat
 
 DEEPSPEED = RUN.parent / "ds_configs" / "zero1.json"
-BASELINES = {"raw pixels": "pixels", "components of pixels": "components", "untrained": "random"}  # --encoder of each
-METHODS = {"knn": "kNN", "linear_probe": "linear probe", "attentive_probe": "attentive probe"}  # in records
 FEATURES = ("mean of patches", "pixels", "components")  # what an encoder is evaluated by: one kind each
-SCRATCH = "from scratch"
 CROPS = [0.6, 1.0]  # shares of an image that are learned from, where the objective does not crop views of its own
 WHOLE_RUN = 10**9  # steps: more than any run has
 
@@ -63,11 +60,11 @@ class Plan:
         return " ".join(self.shards(one, "train") for one in pool.sets)
 
     def run(self, name: str, seed: int) -> Path:
-        return self.folder / "runs" / _plain(f"{name} {seed}")
+        return self.folder / "runs" / plain(f"{name} {seed}")
 
     def found(self, name: str, judge: str) -> Path:
         """Returns the file of an encoder's results; `name` has the seed, too, if there is one."""
-        return self.folder / "found" / _plain(f"{name} {judge}.jsonl")
+        return self.folder / "found" / plain(f"{name} {judge}.jsonl")
 
     # --- Data ---
 
@@ -108,7 +105,7 @@ class Plan:
         ]
 
     def _trial(self, name: str, rate: float) -> Path:
-        return self.folder / "rates" / _plain(f"{name} rate {rate:g}")
+        return self.folder / "rates" / plain(f"{name} rate {rate:g}")
 
     def _validation(self, prefix: str) -> list[str]:
         """Returns the options of nearest neighbours on the grid's set."""
@@ -209,7 +206,7 @@ class Plan:
 
     def tuned(self, name: str, what: object) -> Path:
         """Returns the folder of a fine-tuning: `what` is its seed, or the rate that it tries."""
-        return self.folder / "tuned" / _plain(f"{name} {what}")
+        return self.folder / "tuned" / plain(f"{name} {what}")
 
     def _finetune_rates(self, name: str) -> Chain:
         config = self.study.finetune
@@ -251,11 +248,6 @@ class Plan:
         init = [] if name == SCRATCH else ["--init", str(self.run(name, seed))]
         command = ["finetune.py", *base, "--output", str(run), *init, *flags(values | flat(config.recipe))]
         return Job(f"fine-tune {name} {what}", command, run, resumes=True)
-
-
-def _plain(name: str) -> str:
-    """Returns a name as that of a file without spaces."""
-    return "".join(character if character.isalnum() or character in ".-" else "_" for character in name)
 
 
 def records_in(found: Path, method: str) -> list[dict[str, Any]]:

@@ -15,9 +15,9 @@ from mug.run.reporting.metrics import Figure
 from mug.run.reporting.page import render
 from mug.run.reporting.records import read_rows
 from mug.run.reporting.sections import PLOT, Block, charts
-from mug.run.studies.config import JudgeConfig
+from mug.run.studies.config import BASELINES, METHODS, SCRATCH, JudgeConfig
 from mug.run.studies.leaks import leaks
-from mug.run.studies.plan import BASELINES, METHODS, SCRATCH, Plan, records_in, tuned_accuracy
+from mug.run.studies.plan import Plan, records_in, tuned_accuracy
 from mug.run.studies.statistics import ALPHA, Difference, difference, image_error, separable
 from mug.run.training.collapse import FLOORS as COLLAPSE
 from mug.run.training.collapse import is_low

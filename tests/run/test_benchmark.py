@@ -22,10 +22,10 @@ from mug.run import benchmark, build_shards, evaluate, train_tokenizer
 from mug.run.common.errors import RunError
 from mug.run.reporting.markdown_tables import spread, table, write_section
 from mug.run.studies import jobs
-from mug.run.studies.config import runnable
+from mug.run.studies.config import BASELINES, METHODS, runnable
 from mug.run.studies.jobs import Job, run_job, run_side_by_side, time_taken
 from mug.run.studies.leaks import leaks
-from mug.run.studies.plan import BASELINES, METHODS, Plan
+from mug.run.studies.plan import Plan
 from mug.run.studies.results import Results, verdict
 from mug.run.studies.statistics import Difference
 
@@ -163,6 +163,33 @@ MISTAKES = {
     "no grid": ({"grid": None}, "encoders.CLIP, cheap.flops_of needs a grid"),
     "unknown evaluation": ({"frozen": {"kmeans": {}}}, "'kmeans' is not one of the evaluations"),
     "no samples": ({"samples": 0}, "samples must be at least 1"),
+    "one folder of two": (
+        {"encoders": {"A B": {"objective": "mae"}, "A_B": {"objective": "clip"}}, "comparisons": []},
+        "encoders 'A B' and 'A_B' have the same files, A_B: rename one",
+    ),
+    "a baseline's name": (
+        {"encoders": {"untrained": {"objective": "mae"}}, "comparisons": []},
+        "encoders 'untrained' and 'untrained' have the same files",
+    ),
+    "one file of two": (
+        {"judges": {"the digits": {"set": "digits"}, "the/digits": {"set": "digits"}}},
+        "judges and others 'the digits' and 'the/digits' have the same files, the_digits: rename one",
+    ),
+    "a set elsewhere": ({"sets": SMALL["sets"] | {"/home/me": {"kind": "digits"}}}, "sets '/home/me' is the name of a"),
+    "a set above": ({"sets": SMALL["sets"] | {"..": {"kind": "digits"}}}, "sets '..' is the name of a folder"),
+    "a pool of two words": ({"pools": {"all of it": {"sets": ["drawings"]}}}, "pools 'all of it' is the name of a"),
+    "no pools": ({"pools": {}}, "pools is empty: give one or more"),
+    "no judges": ({"judges": {}}, "judges is empty"),
+    "no evaluations": ({"frozen": {}}, "frozen is empty"),
+    "no sets": ({"pools": {"all": {"sets": []}, "wrong": {"sets": ["drawings"]}}}, "pools.all.sets is empty"),
+    "no rates": ({"grid": SMALL["grid"] | {"rates": []}}, "grid.rates is empty"),
+    "not of frozen encoders": (
+        {"frozen": {"losses": {}}},
+        "frozen.losses does not evaluate frozen encoders: give some",
+    ),
+    "one alone": ({"comparisons": [["CLIP"]]}, "comparisons ['CLIP'] must be two different encoders"),
+    "three": ({"comparisons": [["CLIP", "MAE", "CLIP"]]}, "comparisons ['CLIP', 'MAE', 'CLIP'] must be two different"),
+    "itself": ({"comparisons": [["CLIP", "CLIP"]]}, "comparisons ['CLIP', 'CLIP'] must be two different encoders"),
 }
 
 
