@@ -301,10 +301,14 @@ def _mentions(study: Study) -> Iterator[tuple[str, str, Iterable[str]]]:
 
 
 def runnable(study: Study) -> tuple[Study, list[str]]:
-    """Returns the study without the encoders whose objective does not exist, and the names of these objectives."""
+    """Returns the study without the encoders whose objective does not exist, or that see as many samples as cost the
+    FLOP of such a one, and the names of these objectives."""
     known = objective_names()
     missing = sorted({study.objective(name) for name in study.encoders} - {*known})
-    encoders = {name: one for name, one in study.encoders.items() if study.objective(name) in known}
+    needs = {
+        name: {study.objective(name), study.objective(one.flops_of or name)} for name, one in study.encoders.items()
+    }
+    encoders = {name: one for name, one in study.encoders.items() if needs[name] <= {*known}}
     comparisons = [pair for pair in study.comparisons if all(name in encoders for name in pair)]
     if not encoders:
         raise RunError(f"none of the study's objectives exists: {', '.join(missing)}")

@@ -217,6 +217,12 @@ def test_objectives_that_do_not_exist_are_left_out_with_their_comparisons(tmp_pa
     assert [*study.encoders] == [*SMALL["encoders"]] and study.comparisons == [["CLIP", "MAE"]]
 
 
+def test_the_equal_in_flop_of_one_that_is_left_out_is_left_out(tmp_path):
+    encoders = SMALL["encoders"] | {"New": {"objective": "none_yet"}, "MAE, dear": {"like": "MAE", "flops_of": "New"}}
+    study, missing = runnable(benchmark.parse([write(tmp_path / "new.yaml", encoders=encoders)]).study)
+    assert missing == ["none_yet"] and [*study.encoders] == [*SMALL["encoders"]]
+
+
 # --- Jobs -------------------------------------------------------------------------------------------------
 
 
