@@ -36,7 +36,12 @@ class Job:
     resumes: bool = False
 
     def file(self, folder: Path, kind: str, end: str) -> Path:
-        return folder / kind / f"{self.name.replace('/', '_')}.{end}"
+        return file_of(self.name, folder, kind, end)
+
+
+def file_of(job: str, folder: Path, kind: str, end: str) -> Path:
+    """Returns a file of the job of this name."""
+    return folder / kind / f"{job.replace('/', '_')}.{end}"
 
 
 def flags(values: dict[str, Any]) -> list[str]:

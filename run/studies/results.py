@@ -16,6 +16,7 @@ from mug.run.reporting.page import render
 from mug.run.reporting.records import read_rows
 from mug.run.reporting.sections import PLOT, Block, charts
 from mug.run.studies.config import BASELINES, METHODS, SCRATCH, JudgeConfig
+from mug.run.studies.jobs import file_of
 from mug.run.studies.leaks import leaks
 from mug.run.studies.plan import Plan, records_in, tuned_accuracy
 from mug.run.studies.statistics import ALPHA, Difference, difference, image_error, separable
@@ -93,7 +94,7 @@ class Results:
             rows = [row for row in read_rows(run / "metrics.jsonl") if row["kind"] == "train"]
             rates += [row["images_per_s"] for row in rows]
             flops += [1e3 * row["tflops"] / row["images_per_s"] for row in rows if "tflops" in row]
-            record = self.plan.folder / "done" / f"pre-train {label}.json"
+            record = file_of(f"pre-train {label}", self.plan.folder, "done", "json")
             seconds.append(json.loads(record.read_text(encoding="utf-8"))["cpu_seconds"])
         medians = map(statistics.median, (rates, flops, seconds))
         return dict(zip(("images/s", "GFLOP", "CPU s"), medians, strict=True))

@@ -368,6 +368,18 @@ def test_a_picture_in_the_pool_is_found_by_bytes_and_by_looks(small):
     assert leaks(small)[1] == [["digits", "4", "1", "2"]]
 
 
+def test_the_cost_of_an_encoder_whose_name_has_a_slash(tmp_path):
+    file = write(tmp_path / "slash.yaml", encoders={"MAE w/o text": {"objective": "mae"}}, comparisons=[])
+    plan = Plan(benchmark.parse([file, "--out", str(tmp_path / "out")]).study, tmp_path / "out")
+    log(plan.run("MAE w/o text", 0), 2.0)
+    log(plan.run("MAE w/o text", 1), 2.0)
+    for seed in (0, 1):
+        record = Job(f"pre-train MAE w/o text {seed}", [], tmp_path).file(plan.folder, "done", "json")
+        record.parent.mkdir(exist_ok=True)
+        record.write_text(json.dumps({"cpu_seconds": 7.0 + 2 * seed}), encoding="utf-8")
+    assert Results(plan).cost("MAE w/o text") == {"images/s": 100.0, "GFLOP": 20.0, "CPU s": 8.0}
+
+
 def test_a_verdict_is_in_the_cell():
     clear, noisy = Difference(0.02, 5, 0.001, 0.001), Difference(0.002, 5, 0.001, 0.0)
     assert verdict(clear, 0.004) == "**+2.00 ± 0.40**"
