@@ -1,6 +1,7 @@
 """Does a pool hold the pictures of a judge? By their bytes, and by a hash that survives scaling and recompression."""
 
 import hashlib
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -8,11 +9,14 @@ import numpy as np
 from mug.data.config import DataConfig
 from mug.data.crops import CentralSquare
 from mug.data.decode import decode_crop
+from mug.data.errors import BadSample
 from mug.data.reader import Reader
 from mug.run.studies.plan import Plan
 
 SIDE = 8
 BLANK = bytes(SIDE)
+
+log = logging.getLogger("mug")
 
 
 def perceptual_hash(image: bytes) -> bytes:
@@ -23,11 +27,16 @@ def perceptual_hash(image: bytes) -> bytes:
 
 
 def fingerprints(shards: str) -> Iterator[tuple[str, bytes]]:
-    """Yields the SHA-256 and the perceptual hash of each image."""
-    reader = Reader.open(shards, DataConfig())
+    """Yields the SHA-256 and the perceptual hash of each image; then warns of those that cannot be used."""
+    reader, bad = Reader.open(shards, DataConfig()), []
     for place in reader.spread(len(reader.index)):
-        image = reader.read(*place)[0]
-        yield hashlib.sha256(image).hexdigest(), perceptual_hash(image)
+        try:
+            image = reader.read(*place)[0]
+            yield hashlib.sha256(image).hexdigest(), perceptual_hash(image)
+        except BadSample as error:
+            bad.append(f"{reader.index.name(*place)}: {error}")
+    if bad:
+        log.warning(f"{len(bad):,} pictures cannot be used and are not looked for; the first: {bad[0]}")
 
 
 def leaks(plan: Plan) -> tuple[list[str], list[list[str]]]:

@@ -368,6 +368,17 @@ def test_a_picture_in_the_pool_is_found_by_bytes_and_by_looks(small):
     assert leaks(small)[1] == [["digits", "4", "1", "2"]]
 
 
+def test_a_picture_that_cannot_be_used_is_not_looked_for(small, caplog):
+    for name, split in (("drawings", "train"), ("digits", "held_out")):
+        folder = small.folder / "sets" / name
+        folder.mkdir(parents=True)
+        whole = encode(Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)), "PNG")
+        samples = [Sample("cut", whole[:60], "png", "", {}), Sample("whole", whole, "png", "", {})]
+        list(write_shards(samples, folder, f"{split}-", "tar", 10))
+    assert leaks(small)[1] == [["digits", "1", "1", "1"]]
+    assert "1 pictures cannot be used and are not looked for; the first: " in caplog.text and "cut" in caplog.text
+
+
 def test_the_cost_of_an_encoder_whose_name_has_a_slash(tmp_path):
     file = write(tmp_path / "slash.yaml", encoders={"MAE w/o text": {"objective": "mae"}}, comparisons=[])
     plan = Plan(benchmark.parse([file, "--out", str(tmp_path / "out")]).study, tmp_path / "out")
