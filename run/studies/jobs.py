@@ -64,38 +64,46 @@ def run_side_by_side(chains: Iterable[list[Job]], folder: Path, console: Console
     Raises:
         RunError: a job failed; running chains end after their current job.
     """
-    stop = threading.Event()
+    stop, made = threading.Event(), when_made(folder)
 
     def run_chain(chain: list[Job]) -> None:
         try:
             for job in chain:
                 if not stop.is_set():
-                    run_job(job, folder, console)
+                    run_job(job, folder, console, made)
         except BaseException:  # a full disk, too
             stop.set()
             raise
 
     with ThreadPoolExecutor(parallelism()) as pool:
-        for done in as_completed([pool.submit(run_chain, chain) for chain in chains]):
-            done.result()
+        try:
+            for done in as_completed([pool.submit(run_chain, chain) for chain in chains]):
+                done.result()
+        except BaseException:  # the keyboard, too
+            stop.set()
+            raise
 
 
-def run_job(job: Job, folder: Path, console: Console) -> None:
-    """Run a job to its end, unless its record says that this command has finished.
+def run_job(job: Job, folder: Path, console: Console, made: dict[Path, float]) -> None:
+    """Run a job to its end, unless its record says that this command has finished, and with what is there now.
+
+    made: of `when_made`; what this job produces is added.
 
     Raises:
-        RunError: it failed; names its log.
+        RunError: it failed, and its log is named; or what it produces is there, but is not of this study.
     """
     record, log = job.file(folder, "done", "json"), job.file(folder, "logs", "log")
-    before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    same = before.get("command") == job.command
+    before = read_record(record)
+    if not before and job.produces.exists():
+        raise RunError(f"{job.produces} is there, but is not this study's: move it, or choose another --out")
+    same = before.get("command") == job.command and not _remade(job, before["began"], made)
     if same and "ended" in before:
         return
     if not (same and job.resumes):
         remove(job.produces)
     for path in (record, log, job.produces):
         path.parent.mkdir(parents=True, exist_ok=True)
-    facts: dict[str, Any] = {"command": job.command, "began": time.time()}
+    facts: dict[str, Any] = {"command": job.command, "produces": str(job.produces), "began": time.time()}
     write_whole(record, json.dumps(facts))
     status, cpu_seconds = call([sys.executable, str(RUN / job.command[0]), *job.command[1:]], log)
     if status:
@@ -103,7 +111,29 @@ def run_job(job: Job, folder: Path, console: Console) -> None:
         raise RunError(f"{job.name} ended with status {status}: {last} (full log: {log})")
     facts |= {"ended": time.time(), "cpu_seconds": cpu_seconds}
     write_whole(record, json.dumps(facts))
+    made[job.produces] = facts["ended"]
     console.info(f"{job.name}, {facts['ended'] - facts['began']:.0f} s")
+
+
+def _remade(job: Job, began: float, made: dict[Path, float]) -> bool:
+    """Whether something that the command names, or that lies in a folder of it, was made again since it began."""
+    words = [Path(word) for argument in job.command for word in argument.split()]
+    named = {path for word in words for path in (word, *word.parents)} - {job.produces}
+    return any(made.get(path, 0.0) > began for path in named)
+
+
+def when_made(folder: Path) -> dict[Path, float]:
+    """Returns what the jobs that have finished produced, and when."""
+    return {Path(record["produces"]): record["ended"] for record in finished(folder) if "produces" in record}
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Returns the record of a job; {} where there is none, or a damaged one."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def call(command: list[str], log: Path) -> tuple[int, float]:
@@ -118,7 +148,7 @@ def call(command: list[str], log: Path) -> tuple[int, float]:
 
 def finished(folder: Path) -> list[dict[str, Any]]:
     """Returns the records of all jobs that have finished."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "done").glob("*.json"))]
+    found = [read_record(path) for path in sorted((folder / "done").glob("*.json"))]
     return [record for record in found if "ended" in record]
 
 

@@ -1,7 +1,6 @@
 """What a study found: tables, and the page with its learning curves."""
 
 import functools
-import json
 import statistics
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from mug.run.reporting.page import render
 from mug.run.reporting.records import read_rows
 from mug.run.reporting.sections import PLOT, Block, charts
 from mug.run.studies.config import BASELINES, METHODS, SCRATCH, JudgeConfig
-from mug.run.studies.jobs import file_of
+from mug.run.studies.jobs import file_of, read_record
 from mug.run.studies.leaks import leaks
 from mug.run.studies.plan import Plan, records_in, tuned_accuracy
 from mug.run.studies.statistics import ALPHA, Difference, difference, image_error, separable
@@ -94,8 +93,7 @@ class Results:
             rows = [row for row in read_rows(run / "metrics.jsonl") if row["kind"] == "train"]
             rates += [row["images_per_s"] for row in rows]
             flops += [1e3 * row["tflops"] / row["images_per_s"] for row in rows if "tflops" in row]
-            record = file_of(f"pre-train {label}", self.plan.folder, "done", "json")
-            seconds.append(json.loads(record.read_text(encoding="utf-8"))["cpu_seconds"])
+            seconds.append(read_record(file_of(f"pre-train {label}", self.plan.folder, "done", "json"))["cpu_seconds"])
         medians = map(statistics.median, (rates, flops, seconds))
         return dict(zip(("images/s", "GFLOP", "CPU s"), medians, strict=True))
 

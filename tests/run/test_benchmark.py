@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import re
+import signal
+import time
 from functools import partial
 from pathlib import Path
 
@@ -241,17 +243,55 @@ def script(tmp_path, monkeypatch):
 def test_a_finished_job_is_not_run_again_unless_its_command_changed(tmp_path, script):
     console = Silent()
     for part, times in ((script(), 1), (script(), 1), (script("other"), 2)):
-        run_job(part, tmp_path, console)
+        run_job(part, tmp_path, console, {})
         assert len(console.said) == times
         assert (tmp_path / "produced.txt").read_text() == "x", "never added to what was there"
+
+
+def test_a_job_is_run_again_where_what_it_reads_was_made_again(tmp_path, monkeypatch):
+    """Run, then its judge: another number of samples trains again in the same folder, which the judge then reads."""
+    (tmp_path / "copy.py").write_text(
+        "import pathlib, sys\nout, text = sys.argv[1:3]\n"
+        "source = pathlib.Path(text.split()[-1].replace('*', '0'))\n"
+        "pathlib.Path(out).write_text(source.read_text() if source.exists() else text)\n"
+    )
+    monkeypatch.setattr(jobs, "RUN", tmp_path)
+    run, ten, found = (tmp_path / name for name in ("run", "run0", "found"))
+
+    def chain(samples: str) -> list[Job]:
+        first = [Job("pre-train", ["copy.py", str(run), samples], run), Job("tenth", ["copy.py", str(ten), "-"], ten)]
+        return [*first, Job("judge", ["copy.py", str(found), f"elsewhere/* {run}"], found)]
+
+    said = []
+    for samples in ("64", "64", "128", "128"):
+        console = Silent()
+        run_side_by_side([chain(samples)], tmp_path, console)
+        said.append([line.split(",")[0] for line in console.said])
+        assert found.read_text() == samples
+    assert said == [["pre-train", "tenth", "judge"], [], ["pre-train", "judge"], []]
+
+
+def test_what_is_not_the_studys_is_not_removed(tmp_path, script):
+    (tmp_path / "produced.txt").write_text("mine")
+    with pytest.raises(RunError, match=r"produced.txt is there, but is not this study's: move it, or choose another"):
+        run_job(script(), tmp_path, Silent(), {})
+    assert (tmp_path / "produced.txt").read_text() == "mine"
+
+
+def test_a_damaged_record_is_one_of_no_job(tmp_path, script):
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "a part.json").write_text('{"command": [')
+    assert jobs.finished(tmp_path) == []
+    run_job(script(), tmp_path, Silent(), {})
+    assert len(jobs.finished(tmp_path)) == 1
 
 
 def test_a_job_that_fails_is_named_with_its_log_and_run_again(tmp_path, script):
     (tmp_path / "broken").touch()
     with pytest.raises(RunError, match=r"a part ended with status 1: error: out of luck \(full log: .*a part.log\)"):
-        run_job(script(), tmp_path, Silent())
+        run_job(script(), tmp_path, Silent(), {})
     (tmp_path / "broken").unlink()
-    run_job(script(), tmp_path, Silent())
+    run_job(script(), tmp_path, Silent(), {})
     assert (tmp_path / "produced.txt").read_text() == "x"
 
 
@@ -259,11 +299,11 @@ def test_a_job_that_resumes_finds_what_it_left(tmp_path, script):
     (tmp_path / "broken").touch()
     part = dataclasses.replace(script(), resumes=True)
     with pytest.raises(RunError):
-        run_job(part, tmp_path, Silent())
+        run_job(part, tmp_path, Silent(), {})
     (tmp_path / "broken").unlink()
-    run_job(part, tmp_path, Silent())
+    run_job(part, tmp_path, Silent(), {})
     assert (tmp_path / "produced.txt").read_text() == "xx"
-    run_job(dataclasses.replace(script("other"), resumes=True), tmp_path, Silent())
+    run_job(dataclasses.replace(script("other"), resumes=True), tmp_path, Silent(), {})
     assert (tmp_path / "produced.txt").read_text() == "x", "another command begins again"
 
 
@@ -315,6 +355,21 @@ def test_a_full_disk_ends_the_other_chains_too(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "run_job", run_job)
     with pytest.raises(OSError, match="No space left"):
         run_side_by_side([[Job("one", [], tmp_path)], [Job("two", [], tmp_path)]], tmp_path, Silent())
+    assert begun == ["one"]
+
+
+def test_after_an_interrupt_no_further_chain_begins(tmp_path, monkeypatch):
+    begun = []
+
+    def run_job(part: Job, *_) -> None:
+        begun.append(part.name)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+
+    monkeypatch.setattr(jobs, "parallelism", lambda: 1)
+    monkeypatch.setattr(jobs, "run_job", run_job)
+    with pytest.raises(KeyboardInterrupt):
+        run_side_by_side([[Job(name, [], tmp_path)] for name in ("one", "two", "three")], tmp_path, Silent())
     assert begun == ["one"]
 
 
