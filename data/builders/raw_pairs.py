@@ -130,7 +130,8 @@ def _value(one: pyarrow.Scalar) -> object:
 
 
 def _row_pair(key: str, row: dict, columns: dict[str, str]) -> Sample:
-    values = {part: row.pop(name) for part, name in columns.items()}
+    values = {part: row[name] for part, name in columns.items()}  # one column may be two parts: key and caption
+    row = {name: value for name, value in row.items() if name not in columns.values()}
     image, json_value = values["image"], values.get("json") or row.pop("json", None)
     image = image.get("bytes") if isinstance(image, dict) else image  # as Hugging Face datasets hold one
     meta = {name: value for name, value in row.items() if _fits_json(value)} | _object(json_value, key)
@@ -191,6 +192,8 @@ def prepare(pair: Sample, image_size: int | None) -> Sample:
     Raises:
         BadSample: training does not read such an image.
     """
+    if not pair.image:
+        raise BadSample("it has no bytes")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the project's own bound is lower

@@ -59,6 +59,10 @@ def find_columns(schema: pa.Schema, caption: str | None = None, texts: bool = Fa
             f"has no image column: name one {', '.join(NAMES['image'])}, of binary values (or leave out this file); it"
             f" has {shown_columns(schema)}"
         )
+    if captions and captions[0] == found.get("image"):
+        raise DataError(
+            f"has images in the column '{captions[0]}', which data.caption names; it has {shown_columns(schema)}"
+        )
     if captions and "json" in found and pa.types.is_struct(schema.field(found["json"]).type):
         del found["json"]  # an object's only use is the caption in it
     return found | dict(zip(["text"], captions, strict=False))

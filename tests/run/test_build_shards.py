@@ -278,6 +278,19 @@ def test_few_captions_are_reported_with_the_columns(tmp_path):
     assert done.returncode == 2 and "in.parquet' has no text in a column 'title'" in done.stderr
 
 
+def test_a_column_of_captions_that_has_another_use(tmp_path):
+    images = [encode(Image.new("RGB", (8 + i, 8))) for i in range(2)] + [b""]
+    path = parquet_of(tmp_path / "in.parquet", jpg=images, key=["an owl", "a dog", "a cat"])
+    said = built("parquet", path, "--out", tmp_path / "keys", "--held_out", "0", "--caption", "key")
+    assert {key: pair["txt"] for key, pair in read(tmp_path / "keys").items()} == {
+        "an owl": b"an owl", "a dog": b"a dog"
+    }  # fmt: skip
+    assert "left out: 1 images that cannot be used, the first 'a cat': it has no bytes" in said
+    done = build("parquet", path, "--out", tmp_path / "none", "--caption", "jpg")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "in.parquet' has images in the column 'jpg', which data.caption names; it has columns jpg" in done.stderr
+
+
 def test_splits_of_multi30k_have_their_names(tmp_path):
     source = tmp_path / "multi30k"
     for folder in ("images", "image_splits", "raw"):
