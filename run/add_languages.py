@@ -21,7 +21,8 @@ from mug.run.common.output import check_new_file
 def main(console: Console) -> None:
     options = parse()
     tokenizer, out = Tokenizer.load(options.tokenizer), Path(options.out)
-    new = [one for one in DataConfig(language=options.language).languages() if one not in tokenizer.languages]
+    wanted = dict.fromkeys(DataConfig(language=options.language).languages())
+    new = [one for one in wanted if one not in tokenizer.languages]
     if not new:
         raise RunError(f"--language {options.language}: {options.tokenizer} has a token for each")
     tokenizer.backend.add_special_tokens([language_token(language) for language in new])

@@ -21,7 +21,7 @@ def roberta(tmp_path):
 
 
 def test_languages_without_a_token_get_one_at_the_end(roberta, tmp_path):
-    done = run_script("run/add_languages.py", roberta, "--language", "de,en,pt-BR", "--out", tmp_path / "new.json")
+    done = run_script("run/add_languages.py", roberta, "--language", "de,en,pt-BR,en", "--out", tmp_path / "new.json")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path}/new.json: 12 tokens, the last 2 of en, pt-BR\n"
     old, new = Tokenizer.load(roberta), Tokenizer.load(tmp_path / "new.json")
