@@ -32,6 +32,8 @@ def image_bytes(image: ImageLike) -> bytes:
             return Path(image).read_bytes()
         except OSError as error:
             raise BadSample(f"cannot be read: {error.strerror}") from error
+        except ValueError as error:  # NUL in a path
+            raise BadSample(f"cannot be read: {error}") from error
     if isinstance(image, np.ndarray):
         image = _from_array(image)
     if not isinstance(image, Image.Image):

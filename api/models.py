@@ -107,7 +107,8 @@ class Model:
         return torch.cat(rows).cpu()
 
     def _batches(self, images: Iterable[ImageLike]) -> Iterator[Tensor]:
-        if isinstance(images, str | Path | Image.Image):
+        one = isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4)
+        if one:  # the rows of an array would be read as images
             raise RunError("give a list of images, not one")
         for image_BCHW in squares(images, self.image_size, BATCH):
             yield image_BCHW.to(hardware.device())

@@ -1,8 +1,10 @@
 """Image-text pairs: shards read into a list, and a list written into shards."""
 
+import itertools
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -53,11 +55,12 @@ def write_pairs(pairs: Iterable[tuple[ImageLike, str]], folder: Path, held_out: 
     The same pairs give the same bytes. Shards of other pairs in the folder are replaced.
 
     Raises:
-        DataError: an image cannot be used, and is named; no pair is left to train on; or the captions hold no word.
+        DataError: a pair is not an image and a text, or its image cannot be used, and is named; no pair is left to
+            train on; or the captions hold no word.
     """
     folder.mkdir(parents=True, exist_ok=True)
     splits: dict[str, list[tuple[int, ImageLike, str]]] = {"train": [], "held_out": []}
-    for number, (image, caption) in enumerate(pairs):
+    for number, (image, caption) in enumerate(map(_checked, itertools.count(), pairs)):
         split = "held_out" if is_held_out(_key(number), held_out) else "train"
         splits[split].append((number, image, clean(caption)))
     if not splits["train"]:
@@ -73,6 +76,21 @@ def write_pairs(pairs: Iterable[tuple[ImageLike, str]], folder: Path, held_out: 
         stale.unlink()
     options = {"data.shards": f"{folder}/train-*.tar", "data.tokenizer": f"{folder}/tokenizer.json"}
     return options | ({"data.held_out": f"{folder}/held_out-*.tar"} if splits["held_out"] else {})
+
+
+def _checked(number: int, pair: Any) -> tuple[ImageLike, str]:
+    """Returns the pair.
+
+    Raises:
+        DataError: it is not an image and a text.
+    """
+    if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], str)):
+        parts = ", ".join(type(part).__name__ for part in pair) if isinstance(pair, tuple | list) else ""
+        raise DataError(
+            f"pair {number} is a {type(pair).__name__}{f' of {parts}' if parts else ''}: give (image, caption), and"
+            ' "" for no caption'
+        )
+    return pair[0], pair[1]
 
 
 def _sample(number: int, image: ImageLike, caption: str) -> Sample:

@@ -92,6 +92,7 @@ def test_every_mode_of_pil_is_read(mode):
         (np.zeros((3, 4, 5), np.uint8), r"uint8 \[3, 4, 5\]: give uint8"),
         (Image.new("F", (4, 4)), "mode F"),
         (7, "a int: give a path"),
+        ("a\0b.png", "cannot be read: embedded null byte"),
     ],
 )
 def test_what_is_no_image_is_one_line(image, names):
@@ -174,6 +175,10 @@ def test_mistakes_are_one_line(run, photos, tmp_path):
         model.embed([photos[0], np.arange(2)])
     with pytest.raises(RunError, match=r"^give a list of images, not one$"):
         model.embed(photos[0])
+    for shape in ((9, 9, 3), (9, 9)):  # whose rows are no images
+        with pytest.raises(RunError, match=r"^give a list of images, not one$"):
+            model.embed(np.zeros(shape, np.uint8))
+    assert model.embed(np.zeros((2, 9, 9, 3), np.uint8)).shape == (2, 16)
     with pytest.raises(RunError, match=r"^beams must be at least 1, not 0$"):
         model.caption(photos, beams=0)
     with pytest.raises(RunError, match=r"does not hold a checkpoint"):
@@ -248,6 +253,9 @@ def test_the_same_pairs_give_the_same_bytes_and_others_replace_them(photos, tmp_
         ([(np.zeros((9, 9, 3), np.uint8), "a"), ("no.png", "b")], "^pair 1, no.png: cannot be read: No such file"),
         ([(np.zeros((9, 9, 3), np.uint8), "")], "hold no word"),
         ([], "^of 0 pairs none is left to train on"),
+        ([("a.png", None)], r'^pair 0 is a tuple of str, NoneType: give \(image, caption\), and "" for no caption$'),
+        (["a.png"], r"^pair 0 is a str: give \(image, caption\)"),
+        ([("a.png", "b", "c")], r"^pair 0 is a tuple of str, str, str: give"),
     ],
 )
 def test_pairs_that_cannot_be_used_are_one_line(tmp_path, pairs, names):
