@@ -125,6 +125,8 @@ def read_pairs(options: Namespace, data: DataConfig, size: int) -> list[Shown]:
     pairs: list[Shown] = []
     for name in options.inputs or [held_out_shards(data)]:
         path = Path(name)
+        if options.inputs and path.is_dir():
+            raise RunError(f"{path} is a folder; give the images or shards in it, as {path}/*")
         if options.inputs and not path.is_file():
             raise RunError(f"{path}: no such file; give images or shards")
         if is_image(path.name):

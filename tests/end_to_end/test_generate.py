@@ -55,12 +55,13 @@ def test_image_files_and_one_checkpoint(run, tmp_path):
     ("arguments", "names"),
     [
         (["{run}", "missing.jpg"], "missing.jpg: no such file"),
+        (["{run}", "docs"], "docs is a folder; give the images or shards in it, as docs/*"),
         (["{run}", "README.md"], "README.md"),
         (["nowhere"], "nowhere does not hold a checkpoint"),
         (["{run}", "--beams", "0"], "--beams"),
         (["{run}", "--bems", "2"], "--bems"),
     ],
-    ids=["missing file", "no image", "no checkpoint", "no beams", "unknown flag"],
+    ids=["missing file", "a folder", "no image", "no checkpoint", "no beams", "unknown flag"],
 )
 def test_a_mistake_is_one_line(run, tmp_path, arguments, names):
     done = generate(*(argument.format(run=run) for argument in arguments), "--out", tmp_path / "out")
