@@ -106,7 +106,9 @@ def newest(output: Path, warn: Callable[[str], None], format: int = FORMAT) -> C
         except Damaged as damage:
             warn(f"{damage}; trying the previous one")
     if folders:
-        raise RunError(f"{output}: none of its {len(folders)} checkpoints is intact; choose another --output")
+        raise RunError(
+            f"{output}: none of its {len(folders)} checkpoints is intact; restore a copy of one, or name another folder"
+        )
     return None
 
 

@@ -116,7 +116,9 @@ def test_a_changed_byte_is_found_in_any_file(tmp_path, victim):
 def test_without_a_whole_checkpoint_the_run_does_not_start_over(tmp_path):
     save(tmp_path, 2)
     (tmp_path / "checkpoint-2" / WEIGHT).unlink()
-    with pytest.raises(RunError, match="none of its 1 checkpoints is intact"):
+    with pytest.raises(
+        RunError, match="none of its 1 checkpoints is intact; restore a copy of one, or name another folder"
+    ):
         newest_step(tmp_path)
     assert checkpoint.newest(tmp_path / "new", warn=print) is None
 
