@@ -14,16 +14,18 @@ WIDTH, MARGIN, GAP, RADIUS = 720, 24, 12, 20  # pixels
 CARD, INK, FAINT, RIGHT, WRONG = "#ffffff", "#1f2328", "#5f6771", "#0a7d33", "#c62828"
 TITLES = {"original": "image", "masked": "the encoder sees", "reconstruction": "reconstruction"}
 FRAME_MS, LAST_MS = 300, 2500
+NOTE = "written from the whole image, not the visible patches; green words are right"
 WRITTEN_WIDTH, WRITTEN_LINES = 13, 3  # characters in a line, and lines, of captions below moving pictures
 
 
 def draw_hero(rows: Sequence[Row]) -> Image.Image:
     """Returns RGBA: for each row its images, and below them the written caption with right and wrong words apart, and
-    the true one where it differs. All rows have the same images."""
+    the true one where it differs; then what was written from. All rows have the same images."""
     names = list(rows[0].images)
     side = (WIDTH - 2 * MARGIN - (len(names) - 1) * GAP) // len(names)
-    lines = [_lines(row) for row in rows]
-    card = Image.new("RGBA", (WIDTH, MARGIN + 36 + sum(side + 12 + 42 * len(few) + 14 for few in lines)))
+    lines, noted = [_lines(row) for row in rows], any("written" in row.captions for row in rows)
+    height = MARGIN + 36 + sum(side + 12 + 42 * len(few) + 14 for few in lines) + 34 * noted
+    card = Image.new("RGBA", (WIDTH, height))
     draw = ImageDraw.Draw(card)
     draw.rounded_rectangle((0, 0, card.width - 1, card.height - 1), RADIUS, fill=CARD)
     lefts = [MARGIN + number * (side + GAP) for number in range(len(names))]
@@ -38,6 +40,8 @@ def draw_hero(rows: Sequence[Row]) -> Image.Image:
             _write(draw, y, words)
             y += 42
         y += 14
+    if noted:
+        draw.text((MARGIN, y), NOTE, fill=FAINT, font=_font(18))
     return card
 
 
