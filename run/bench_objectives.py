@@ -19,10 +19,13 @@ from mug.run.benchmarks.record import Record
 from mug.run.common.command_line import Parser, check_min
 from mug.run.common.console import Console, run_command
 from mug.run.common.errors import RunError
+from mug.run.common.packages import load_package
 
 
 def main(console: Console) -> None:
     options = parse()
+    for objective in options.objective:
+        load_package(PEERS[objective].package, "bench")  # before minutes of measurements
     record = Record(options.json)
     console.info(f"CPU, {torch.get_num_threads()} thread(s), PyTorch {torch.__version__}, fp32")
     for objective in options.objective:

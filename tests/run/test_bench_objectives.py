@@ -11,6 +11,7 @@ from mug.run.benchmarks import objective_step
 from mug.run.benchmarks.objective_step import build_ours, compare_with_peer, describe, median_interval
 from mug.run.benchmarks.peers import PEERS, Peer, normalized
 from mug.run.benchmarks.synthetic import full_batch
+from mug.run.common.console import Console
 from mug.run.common.errors import RunError
 
 # FLOP of a peer's forward pass over ours; causal attention counts whole there. open_clip's CoCa has more MLPs on the
@@ -57,10 +58,12 @@ def test_intervals_are_those_of_the_sign_tests_table(n, rank):
     assert median_interval(values) == ((n + 1) / 2, rank, n + 1 - rank)
 
 
-def test_a_package_that_is_missing_is_one_line(monkeypatch):
-    monkeypatch.setitem(PEERS, "clip", Peer("nowhere", PEERS["clip"].build))
+def test_a_package_that_is_missing_is_one_line_before_anything_is_measured(monkeypatch):
+    monkeypatch.setitem(PEERS, "coca", Peer("nowhere", PEERS["coca"].build))
+    monkeypatch.setattr(bench_objectives, "compare_with_peer", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(sys, "argv", ["bench_objectives.py", "--objective", "mae", "coca"])
     with pytest.raises(RunError, match=r"package nowhere is not installed: pip install .*\[bench\]"):
-        compare_with_peer("clip", "tiny", 2, 1)
+        bench_objectives.main(Console(0))
 
 
 @pytest.mark.parametrize(
