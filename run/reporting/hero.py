@@ -23,7 +23,7 @@ def draw_hero(rows: Sequence[Row]) -> Image.Image:
     the true one where it differs; then what was written from. All rows have the same images."""
     names = list(rows[0].images)
     side = (WIDTH - 2 * MARGIN - (len(names) - 1) * GAP) // len(names)
-    lines, noted = [_lines(row) for row in rows], any("written" in row.captions for row in rows)
+    lines, noted = [_lines(row) for row in rows], any({"written", "true"} <= row.captions.keys() for row in rows)
     height = MARGIN + 36 + sum(side + 12 + 42 * len(few) + 14 for few in lines) + 34 * noted
     card = Image.new("RGBA", (WIDTH, height))
     draw = ImageDraw.Draw(card)
