@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from pathlib import Path
 
 from mug.run.common.command_line import Parser
 from mug.run.common.console import Console, run_command
-from mug.run.common.errors import RunError
+from mug.run.common.errors import RestartRequested, RunError
 from mug.run.common.output import check_writable, check_writable_file, lock, write_whole
 from mug.run.common.packages import load_package
 from mug.run.reporting.markdown_tables import write_section
@@ -55,9 +56,21 @@ def main(console: Console) -> None:
     plan = Plan(study, options.out)
     options.out.mkdir(parents=True, exist_ok=True)
     lock(options.out)
+    stop_when_asked()
     for chains in plan.stages():
         run_side_by_side(chains, options.out, console)
     write_results(options, plan, console)
+
+
+def stop_when_asked() -> None:
+    """Let SIGTERM and SIGHUP raise RestartRequested: jobs are other processes, which would go on."""
+
+    def stop(number: int, _: object) -> None:
+        raise RestartRequested(f"stopped by {signal.Signals(number).name}; the same command continues")
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has SIGHUP
+            signal.signal(number, stop)
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from mug.run.common.console import Console
-from mug.run.common.errors import RunError
+from mug.run.common.errors import RestartRequested, RunError
 from mug.run.common.output import write_whole
 
 RUN = Path(__file__).parents[1]
+_running: set[subprocess.Popen] = set()
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def run_side_by_side(chains: Iterable[list[Job]], folder: Path, console: Console
 
     Raises:
         RunError: a job failed; running chains end after their current job.
+        KeyboardInterrupt, RestartRequested: it was interrupted; running jobs are asked to save and end.
     """
     stop, made = threading.Event(), when_made(folder)
 
@@ -79,8 +81,11 @@ def run_side_by_side(chains: Iterable[list[Job]], folder: Path, console: Console
         try:
             for done in as_completed([pool.submit(run_chain, chain) for chain in chains]):
                 done.result()
-        except BaseException:  # the keyboard, too
+        except BaseException as reason:
             stop.set()
+            if isinstance(reason, KeyboardInterrupt | RestartRequested):
+                for process in list(_running):
+                    process.terminate()
             raise
 
 
@@ -141,7 +146,9 @@ def call(command: list[str], log: Path) -> tuple[int, float]:
     threads = {"OMP_NUM_THREADS": "1"} if parallelism() > 1 else {}
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | threads)
+        _running.add(process)
         _, status, usage = os.wait4(process.pid, 0)
+        _running.remove(process)
     process.returncode = os.waitstatus_to_exitcode(status)  # it is waited for: Popen need not
     return process.returncode, usage.ru_utime + usage.ru_stime
 

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mug.data.errors import DataError
+from mug.data.labelled_sources import open_shards
 from mug.model.objectives.objective import find_objective
+from mug.run.common.errors import RunError
 from mug.run.evaluators.evaluator import find_evaluator
 from mug.run.reporting.records import read_rows
 from mug.run.studies.config import BASELINES, METHODS, SCRATCH, Study, plain
@@ -31,7 +34,8 @@ class Plan:
     def stages(self) -> Iterator[list[Chain]]:
         """Yields stages, one after the other, of chains that may run in parallel; later ones read earlier results."""
         yield [self._data(name) for name in self.study.sets]
-        yield [[self._tokenizer()], *self._shuffled()]
+        self.check_labels()
+        yield [*self._tokenizer(), *self._shuffled()]
         if self.study.grid:
             leaders = [name for name, encoder in self.study.encoders.items() if not encoder.like]
             yield [self._rate(name, rate) for name in leaders for rate in self.study.grid.rates]
@@ -73,12 +77,40 @@ class Plan:
         command = ["build_shards.py", one.kind, *([one.source] if one.source else []), "--out", str(out)]
         return [Job(f"build {name}", command + flags(one.options), out)]
 
-    def _tokenizer(self) -> Job:
+    def check_labels(self) -> None:
+        """Raise RunError unless all images that encoders are judged on have the classes and groups that are asked for.
+
+        Otherwise it would be found after hours of pre-training.
+        """
+        for name, one in self.study.judges.items():
+            self._check_label(one.set, "train", f"judges.{name}.label", one.label)
+            self._check_label(one.set, "held_out", f"judges.{name}.label", one.label)
+            self._check_label(one.set, "held_out", f"judges.{name}.group", one.group)
+        if grid := self.study.grid:
+            self._check_label(grid.set, "train", "grid.label", grid.label)
+            self._check_label(grid.set, "held_out", "grid.label", grid.label)
+
+    def _check_label(self, name: str, split: str, setting: str, key: str) -> None:
+        try:
+            open_shards(self.shards(name, split), key, None)
+        except DataError as error:
+            raise RunError(f"{setting} is {key}: {error}") from None
+
+    def _reads_text(self, name: str) -> bool:
+        return "text_length" in self._sizes(name)
+
+    def _sizes(self, name: str) -> set[str]:
+        """Returns which sizes of a model the encoder's objective has."""
+        return {field.name for field in dataclasses.fields(find_objective(self.study.objective(name)).Config)}
+
+    def _tokenizer(self) -> Iterator[Chain]:
+        if not any(map(self._reads_text, self.study.encoders)):
+            return
         sets = dict.fromkeys(name for pool in self.study.pools.values() for name in pool.sets)
         out = self.folder / "tokenizer.json"
         shards = " ".join(self.shards(name, "train") for name in sets)
         values = {"out": str(out), "vocabulary": self.study.vocabulary}
-        return Job("train tokenizer", ["train_tokenizer.py", shards, *flags(values)], out)
+        yield [Job("train tokenizer", ["train_tokenizer.py", shards, *flags(values)], out)]
 
     def _shuffled(self) -> Iterator[Chain]:
         for name, pool in self.study.pools.items():
@@ -151,12 +183,13 @@ class Plan:
     def _pretrain(self, label: str, name: str, seed: int, run: Path, values: dict[str, Any]) -> Job:
         study, leader = self.study, self.study.leader(name)
         objective = find_objective(study.objective(name))
-        own = {field.name for field in dataclasses.fields(objective.Config)}
+        own = self._sizes(name)
         sizes = {f"model.{key}": value for key, value in study.model.items() if key in own}
         recipe = flat(study.recipe) | flat(leader.recipe) | flat(study.encoders[name].recipe)
         data = {} if objective.views(objective.Config()) else {"data.crop_scale": CROPS}
         data |= {"data.shards": self.pool(study.pool_of(name)), "data.workers": 0}
-        data |= {"data.tokenizer": str(self.folder / "tokenizer.json")}
+        if self._reads_text(name):
+            data["data.tokenizer"] = str(self.folder / "tokenizer.json")
         fixed = ({} if study.base else data) | {
             "objective": study.objective(name),
             "trainer.global_batch": study.batch,

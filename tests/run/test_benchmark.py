@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from train_commands import parse
 from mug.data.builders.writers import Sample, write_shards
 from mug.model.objectives.objective import objective_names
 from mug.run import benchmark, build_shards, evaluate, train_tokenizer
-from mug.run.common.errors import RunError
+from mug.run.common.errors import RestartRequested, RunError
 from mug.run.reporting.markdown_tables import spread, table, write_section
 from mug.run.studies import jobs
 from mug.run.studies.config import BASELINES, METHODS, runnable
@@ -134,8 +135,9 @@ def test_a_shipped_study_can_be_read_and_names_what_is_missing(file):
     assert all(name in study.encoders for pair in study.comparisons for name in pair)
 
 
-def test_every_command_is_one_that_its_script_takes(small):
+def test_every_command_is_one_that_its_script_takes(small, monkeypatch):
     pretend(small)
+    monkeypatch.setattr(Plan, "check_labels", lambda plan: None)  # there are no pictures
     recipes = {}
     for job in [job for chains in small.stages() for chain in chains for job in chain]:
         parsed = PARSERS[job.command[0]](job.command[1:])
@@ -373,6 +375,30 @@ def test_after_an_interrupt_no_further_chain_begins(tmp_path, monkeypatch):
     assert begun == ["one"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_study_that_is_asked_to_stop_ends_its_jobs(tmp_path, monkeypatch, number):
+    """The job's record has no end: the next start runs it again."""
+    began, old = tmp_path / "began", signal.getsignal(number)
+    (tmp_path / "sleep.py").write_text(f"import time\nopen({str(began)!r}, 'w')\ntime.sleep(60)", encoding="utf-8")
+    monkeypatch.setattr(jobs, "RUN", tmp_path)
+
+    def ask() -> None:
+        while not began.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    asking = threading.Thread(target=ask)
+    benchmark.stop_when_asked()
+    try:
+        asking.start()
+        with pytest.raises(RestartRequested, match=f"stopped by {number.name}; the same command continues"):
+            run_side_by_side([[Job("sleep", ["sleep.py"], tmp_path / "made")]], tmp_path, Silent())
+    finally:
+        asking.join()
+        signal.signal(number, old)
+    assert "ended" not in json.loads((tmp_path / "done" / "sleep.json").read_text(encoding="utf-8"))
+
+
 def test_time_counts_once_and_not_in_pauses():
     spans = [(10, 20), (0, 4), (12, 15), (18, 25), (30, 31)]
     assert time_taken([{"began": began, "ended": ended} for began, ended in spans]) == 4 + 15 + 1
@@ -421,6 +447,32 @@ def test_a_picture_in_the_pool_is_found_by_bytes_and_by_looks(small):
         samples = [Sample(f"{i}", image, extension, "", {}) for i, (image, extension) in enumerate(both)]
         list(write_shards(samples, folder, f"{split}-", "tar", 10))
     assert leaks(small)[1] == [["digits", "4", "1", "2"]]
+
+
+@pytest.mark.parametrize("key", ["label", "group"])
+def test_labels_that_are_missing_are_found_before_anything_is_trained(tmp_path, key):
+    judges = {"digits": {"set": "digits", key: "kind"}}
+    file = write(tmp_path / "small.yaml", judges=judges)
+    plan = Plan(benchmark.parse([file, "--out", str(tmp_path / "out")]).study, tmp_path / "out")
+    picture = encode(Image.new("RGB", (16, 16)), "PNG")
+    for split in ("train", "held_out"):
+        folder = plan.folder / "sets" / "digits"
+        folder.mkdir(parents=True, exist_ok=True)
+        list(
+            write_shards([Sample("one", picture, "png", "", {"label": "1", "key": "1"})], folder, f"{split}-", "tar", 1)
+        )
+    stages = plan.stages()
+    next(stages)  # builds the sets
+    with pytest.raises(RunError, match=rf"judges\.digits\.{key} is kind: .*'one': its json has no 'kind'"):
+        next(stages)
+
+
+def test_pictures_without_captions_need_no_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setattr(Plan, "check_labels", lambda plan: None)
+    file = write(tmp_path / "small.yaml", encoders={"MAE": {"objective": "mae"}}, comparisons=[], grid=None)
+    plan = Plan(benchmark.parse([file, "--out", str(tmp_path / "out")]).study, tmp_path / "out")
+    names = [job.name for chains in plan.stages() for chain in chains for job in chain]
+    assert "pre-train MAE 0" in names and "train tokenizer" not in names
 
 
 def test_a_picture_that_cannot_be_used_is_not_looked_for(small, caplog):

@@ -31,7 +31,8 @@ def plan(tmp_path_factory) -> Plan:
     return Plan(benchmark.parse([str(STUDY), *options]).study, folder)
 
 
-def test_each_run_leaves_out_one_task_and_has_the_recipes_data(plan):
+def test_each_run_leaves_out_one_task_and_has_the_recipes_data(plan, monkeypatch):
+    monkeypatch.setattr(Plan, "check_labels", lambda plan: None)  # there are no pictures
     jobs = {job.name: job for chains in plan.stages() for chain in chains for job in chain}
     for name, left_out in LEFT_OUT.items():
         recipe = parse("pretrain", jobs[f"pre-train {name} 0"].command[1:]).recipe
