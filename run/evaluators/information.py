@@ -5,6 +5,9 @@ I(X; T) >= ln K + E[ln softmax of f over the K images, at a caption's own]. It n
 that of a model with a poor score lies far below the information that its features hold. Two scores:
   - embeddings: scale · cosine, whose scale is chosen on the groups of even number and used on the others;
   - captions: the log-likelihood of the caption given the image, whose part that no image explains cancels.
+The reconstruction bound (Barber and Agakov, NeurIPS 2003), that of objectives which write captions, has no such limit:
+I(X; T) >= H(T) + E[ln p(t | x)]. The entropy H(T) of the captions is not known, but is the same for all models: what is
+logged is the rest, `information - H(T)/captions`, whose differences between models of one tokenizer can be compared.
 Dimension letters: K pairs of a group, E size of an embedding.
 """
 
@@ -48,8 +51,8 @@ class InformationConfig(PairsConfig):
 
 
 class Information(Evaluator):
-    """`information/embeddings` and `information/captions`, as far as the objective is able: lower bounds in nats, over
-    groups of a fixed number of pairs. The ranks share the groups."""
+    """`information/embeddings`, `information/captions` and `information - H(T)/captions`, as far as the objective is
+    able: lower bounds in nats, over groups of a fixed number of pairs. The ranks share the groups."""
 
     Config = InformationConfig
 
@@ -77,6 +80,8 @@ class Information(Evaluator):
         metrics = {}
         if "captions" in found[0]:
             metrics["information/captions"] = float(np.mean([lower_bound(one["captions"]) for one in found]))
+            own = torch.cat([one["captions"].diagonal() for one in found])
+            metrics["information - H(T)/captions"] = own.double().mean().item()
         if "embeddings" in found[0]:
             metrics["information/embeddings"] = scaled_bound([one["embeddings"] for one in found])
         about = {"method": "information, lower bound", "encoder": self.encoder_name(subject)}

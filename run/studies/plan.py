@@ -223,14 +223,20 @@ class Plan:
         return Job(f"judge {label} on {judge}", command, found)
 
     def _others(self, name: str, label: str, run: Path) -> Iterator[Job]:
-        """The further evaluations that the encoder's objective is able to."""
+        """The further evaluations that the encoder's objective is able to, each once."""
         objective = find_objective(self.study.objective(name))
         for heading, one in self.study.others.items():
-            if find_evaluator(one.eval).suits(objective):
+            if self.evaluation(heading) == heading and find_evaluator(one.eval).suits(objective):
                 found = self.found(label, heading)
                 values = {f"{one.eval}.{key}": self._filled(value) for key, value in one.options.items()}
                 command = ["evaluate.py", str(run), "--eval", one.eval, *flags(values), "--workers", "0"]
                 yield Job(f"{heading}, {label}", [*command, "--json", str(found)], found)
+
+    def evaluation(self, heading: str) -> str:
+        """Returns the first of the columns that show metrics of the same evaluation: it names the results."""
+        others = self.study.others
+        asked = {name: (one.eval, one.options) for name, one in others.items()}
+        return next(name for name in others if asked[name] == asked[heading])
 
     def _filled(self, value: Any) -> Any:
         return value.replace("{sets}", str(self.folder / "sets")) if isinstance(value, str) else value

@@ -162,7 +162,7 @@ class Results:
     def _other(self, name: str, heading: str) -> str:
         one, values = self.plan.study.others[heading], []
         for label in self.labels(name) if name in self.plan.study.encoders else ():
-            found = self.plan.found(label, heading)
+            found = self.plan.found(label, self.plan.evaluation(heading))
             values += [row[one.metric] for row in (read_rows(found) if found.is_file() else []) if one.metric in row]
         if not values:
             return ""

@@ -475,6 +475,28 @@ def test_pictures_without_captions_need_no_tokenizer(tmp_path, monkeypatch):
     assert "pre-train MAE 0" in names and "train tokenizer" not in names
 
 
+def test_columns_of_one_evaluation_share_its_run(tmp_path):
+    """Two metrics of it, and a third of other options; CLIP writes no captions, and its cell is empty."""
+    asked, few = {"eval": "information", "options": {"limit": 200}}, {"limit": 150}
+    others = {
+        "near": asked | {"metric": "information/embeddings"},
+        "told": asked | {"metric": "information/captions"},
+        "few": asked | {"metric": "information/embeddings", "options": few},
+    }
+    encoders = {"CLIP": {"objective": "clip"}, "CoCa": {"objective": "coca"}}
+    file = write(tmp_path / "small.yaml", others=others, encoders=encoders, comparisons=[], seeds=1, grid=None)
+    plan = Plan(benchmark.parse([file, "--out", str(tmp_path / "out")]).study, tmp_path / "out")
+    jobs_of_coca = [job.name for job in plan._encoder("CoCa", 0)]
+    assert jobs_of_coca[-2:] == ["near, CoCa 0", "few, CoCa 0"]
+    rows = {("CLIP 0", "near"): {"information/embeddings": 1.0}, ("CLIP 0", "few"): {"information/embeddings": 3.0}}
+    rows[("CoCa 0", "near")] = {"information/embeddings": 1.5, "information/captions": 2.5}
+    for (label, heading), row in rows.items():
+        path = plan.found(label, heading)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert Results(plan).further()[1] == [["CLIP", "1.000", "", "3.000"], ["CoCa", "1.500", "2.500", ""]]
+
+
 def test_a_picture_that_cannot_be_used_is_not_looked_for(small, caplog):
     for name, split in (("drawings", "train"), ("digits", "held_out")):
         folder = small.folder / "sets" / name

@@ -179,7 +179,7 @@ def test_information_is_a_plain_mean_over_groups(model, tmp_path):
     context = eval_context(tmp_path, tokenizer=tokenizer)
     with process_group():
         found = Information(config, context).run(subject_of(model))
-    bounds = []
+    bounds, own_captions = [], []
     for group in ([0, 1, 2], [3, 5], [6, 7, 8]):
         pixels = np.stack([np.asarray(Image.open(io.BytesIO(samples[i].image))) for i in group])
         tokens = torch.from_numpy(np.stack([tokenizer.encode(samples[i].caption, 8) for i in group]))
@@ -187,7 +187,11 @@ def test_information_is_a_plain_mean_over_groups(model, tmp_path):
             score = model.caption_log_likelihoods(torch.from_numpy(pixels).permute(0, 3, 1, 2), tokens).double()
         own = [score[k, k] - score[:, k].logsumexp(0) for k in range(len(group))]
         bounds.append(math.log(len(group)) + sum(own).item() / len(own))
-    assert found.metrics == {"information/captions": pytest.approx(np.mean(bounds), abs=1e-4)}
+        own_captions += score.diagonal().tolist()
+    assert len(own_captions) == 8 and found.metrics == {
+        "information/captions": pytest.approx(np.mean(bounds), abs=1e-4),
+        "information - H(T)/captions": pytest.approx(np.mean(own_captions), abs=1e-4),
+    }
     assert Information.suits(MUG) and not Information.suits(MAE) and AttentiveProbe.suits(MAE)
 
 
