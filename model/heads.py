@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mug.model.batch_norm import BatchNorm
+from mug.model.contrastive import gather, rank_and_world
 from mug.model.encoder import Encoder
 from mug.model.presets import EncoderConfig, ModelConfigError, at_least
 
@@ -85,13 +86,22 @@ def spread(output_BE: Tensor) -> dict[str, Tensor]:
     """
     with torch.autocast(output_BE.device.type, enabled=False):
         x_BE = output_BE.float()
-        sums_FE = torch.cat([x_BE.sum(0, keepdim=True), x_BE.T @ x_BE]) / len(x_BE)
-        if dist.is_initialized():
-            dist.all_reduce(sums_FE)
-            sums_FE = sums_FE / dist.get_world_size()
-        mean_E, covariance_EE = sums_FE[0], sums_FE[1:] - sums_FE[0] * sums_FE[0, :, None]
-        variance_E = covariance_EE.diagonal().clamp(min=0)
+        centred_BE = x_BE - _mean_over_ranks(x_BE.mean(0))
+        if len(x_BE) * rank_and_world()[1] < x_BE.shape[1]:  # outputs' products have the eigenvalues, and are fewer
+            centred_NE = gather(centred_BE)
+            variance_E = centred_NE.square().mean(0)
+            products = centred_NE @ centred_NE.T / len(centred_NE)
+        else:
+            products = _mean_over_ranks(centred_BE.T @ centred_BE / len(x_BE))
+            variance_E = products.diagonal()
         return {
-            "std": variance_E.sqrt().mean() * len(mean_E) ** 0.5,
-            "rank": variance_E.sum().square() / covariance_EE.square().sum().clamp(min=1e-30),
+            "std": variance_E.sqrt().mean() * len(variance_E) ** 0.5,
+            "rank": products.trace().square() / products.square().sum().clamp(min=1e-30),
         }
+
+
+def _mean_over_ranks(x: Tensor) -> Tensor:
+    world = rank_and_world()[1]
+    if world > 1:
+        dist.all_reduce(x)
+    return x / world

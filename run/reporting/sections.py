@@ -129,7 +129,7 @@ def _facts(run: RunFolder) -> dict[str, str]:
     if launches:
         latest = launches[-1]
         facts["device"] = latest.get("device")
-        facts["ranks"], facts["ZeRO stage"] = latest.get("world_size"), latest.get("zero_stage")
+        facts["ranks (processes)"], facts["ZeRO stage"] = latest.get("world_size"), latest.get("zero_stage")
         facts["versions"] = ", ".join(f"{n} {latest[n]}" for n in ("torch", "deepspeed", "timm") if n in latest)
     return {name: str(value) for name, value in facts.items() if value is not None}
 
@@ -138,7 +138,7 @@ def _interruptions(run: RunFolder) -> dict[str, str]:
     """Returns the time that the run lost to restarts and to saving."""
     facts, launches = {}, run.launches()
     if goodput := [row["goodput"] for row in run.of_kind("train") if row.get("goodput") is not None]:
-        facts["goodput"] = f"{goodput[-1]:.1%}"  # each is of the time since the first start
+        facts["goodput: time that advanced the run"] = f"{goodput[-1]:.1%}"  # each is of the time since the first start
     if launches:
         facts["restarts"] = f"{len(launches) - 1}"
     if again := [launch[TO_FIRST_STEP] for launch in launches[1:] if TO_FIRST_STEP in launch]:

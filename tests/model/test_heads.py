@@ -27,10 +27,13 @@ def test_a_projector_is_linear_layers_with_batch_norms_between(last_norm):
     assert len([*head.parameters()]) == 3 + 2 * 2 + (not last_norm)  # the last batch norm has none
 
 
-def outputs(rows: int = 64) -> torch.Tensor:
+def outputs(rows: int) -> torch.Tensor:
     """Unit vectors [rows, 6] that vary in three directions unequally."""
     x = torch.randn(rows, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([3, 2, 1, 0.1, 0.1, 0.1])
     return normalize(x + 0.5)
+
+
+ROWS = pytest.mark.parametrize("rows", [4, 64], ids="{} outputs of size 6".format)
 
 
 def expected_spread(x: torch.Tensor) -> dict[str, float]:
@@ -40,15 +43,16 @@ def expected_spread(x: torch.Tensor) -> dict[str, float]:
     return {"std": std.item(), "rank": (eigenvalues.sum() ** 2 / eigenvalues.square().sum()).item()}
 
 
-def assert_spread_is_of_all_ranks(expected: dict[str, float]) -> None:
-    mine = outputs().chunk(dist.get_world_size())[dist.get_rank()]
+def assert_spread_is_of_all_ranks(rows: int, expected: dict[str, float]) -> None:
+    mine = outputs(rows).chunk(dist.get_world_size())[dist.get_rank()]
     assert {name: value.item() for name, value in spread(mine).items()} == pytest.approx(expected, rel=1e-4)
 
 
-def test_spread_is_that_of_the_eigenvalues_at_any_number_of_ranks():
-    expected = expected_spread(outputs())
-    assert {name: value.item() for name, value in spread(outputs()).items()} == pytest.approx(expected, rel=1e-4)
-    run_gloo_ranks(2, assert_spread_is_of_all_ranks, expected)
+@ROWS
+def test_spread_is_that_of_the_eigenvalues_at_any_number_of_ranks(rows):
+    expected = expected_spread(outputs(rows))
+    assert {name: value.item() for name, value in spread(outputs(rows)).items()} == pytest.approx(expected, rel=1e-4)
+    run_gloo_ranks(2, assert_spread_is_of_all_ranks, rows, expected)
 
 
 def test_spread_of_uniform_directions_and_of_collapsed_ones():

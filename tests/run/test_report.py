@@ -192,7 +192,7 @@ def test_what_interruptions_and_saves_cost(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = sections.build("title", open_runs([str(tmp_path)]), warn=pytest.fail)
     overview = dict(row for row in cells(page, "<h2>Runs") if row[0])
-    assert overview["goodput"] == "62.5%"
+    assert overview["goodput: time that advanced the run"] == "62.5%"
     assert overview["restarts"] == "3"
     assert overview["restart to first step"] == "26.0 s, median"
     assert overview["checkpoint stall"] == "0.38 s, median of 4; 4.0 s in all"
