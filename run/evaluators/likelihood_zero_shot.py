@@ -1,7 +1,9 @@
-"""Zero-shot classification by captions: of the classes' names, which is the likeliest text of the image?
+"""Zero-shot classification by captions, for objectives that write captions and embed none.
 
-As in CapPa (arXiv 2306.07915, section 3.3), for objectives that write captions and embed none. Dimension letters:
-M images, C classes, K templates, T tokens.
+Of the classes' names, which is the likeliest text of the image (CapPa, arXiv 2306.07915, section 3.3)? A weak model
+answers every image by the name that is likely of any. So the other question is asked as well: given which name is the
+image the likeliest? By Bayes' rule p(x | t) is p(t | x) / p(t) times what all names share; p(t) is the mean over the
+images. Dimension letters: M images, C classes, K templates, T tokens.
 """
 
 from dataclasses import dataclass
@@ -38,7 +40,7 @@ class CaptionScores(nn.Module):
 
 
 class LikelihoodZeroShot(ZeroShot):
-    """`accuracy/zero shot by likelihood`: top-1. The ranks share the images."""
+    """`accuracy/zero shot by likelihood` of the name, and `… of the image`: top-1. The ranks share the images."""
 
     Config = LikelihoodConfig
     needs = ScoresCaptions
@@ -56,7 +58,11 @@ class LikelihoodZeroShot(ZeroShot):
         score_MC = extract_shared(CaptionScores(objective, tokens_CKT), self.images, self.context)["log-likelihood"]
         numbers = {label: number for number, label in enumerate(self.names)}
         true_M = torch.tensor([numbers[label] for label in self.images.labels])
-        metrics = {"accuracy/zero shot by likelihood": (score_MC.argmax(1) == true_M).double().mean().item()}
+        of_image_MC = score_MC - score_MC.logsumexp(0)
+        metrics = {
+            f"accuracy/zero shot by likelihood{of}": (one_MC.argmax(1) == true_M).double().mean().item()
+            for of, one_MC in (("", score_MC), (" of the image", of_image_MC))
+        }
         about = {"method": "zero shot by likelihood", "encoder": self.encoder_name(subject)}
         about |= {"data": without_signatures(self.config.data), "test_images": len(true_M)}
         return Result(metrics, [about | {"setting": f"{len(self.config.templates)} template(s)"} | metrics])
