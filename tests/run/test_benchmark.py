@@ -370,8 +370,12 @@ def test_after_an_interrupt_no_further_chain_begins(tmp_path, monkeypatch):
 
     monkeypatch.setattr(jobs, "parallelism", lambda: 1)
     monkeypatch.setattr(jobs, "run_job", run_job)
-    with pytest.raises(KeyboardInterrupt):
-        run_side_by_side([[Job(name, [], tmp_path)] for name in ("one", "two", "three")], tmp_path, Silent())
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs in the background ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_side_by_side([[Job(name, [], tmp_path)] for name in ("one", "two", "three")], tmp_path, Silent())
+    finally:
+        signal.signal(signal.SIGINT, old)
     assert begun == ["one"]
 
 
