@@ -87,7 +87,7 @@ def spread(output_BE: Tensor) -> dict[str, Tensor]:
     with torch.autocast(output_BE.device.type, enabled=False):
         x_BE = output_BE.float()
         centred_BE = x_BE - _mean_over_ranks(x_BE.mean(0))
-        if len(x_BE) * rank_and_world()[1] < x_BE.shape[1]:  # outputs' products have the eigenvalues, and are fewer
+        if len(x_BE) * rank_and_world()[1] < x_BE.shape[1]:  # N x N products have the same eigenvalues as E x E
             centred_NE = gather(centred_BE)
             variance_E = centred_NE.square().mean(0)
             products = centred_NE @ centred_NE.T / len(centred_NE)
@@ -101,6 +101,7 @@ def spread(output_BE: Tensor) -> dict[str, Tensor]:
 
 
 def _mean_over_ranks(x: Tensor) -> Tensor:
+    """Returns the mean of all ranks' `x`, which it overwrites. A collective call."""
     world = rank_and_world()[1]
     if world > 1:
         dist.all_reduce(x)

@@ -121,8 +121,8 @@ class Results:
         found = [self.compare(ours, theirs) for ours, theirs in pairs]
         halves = separable(found)
         rows = []
-        for (ours, theirs), one, half in zip(pairs, found, halves, strict=True):
-            rows.append([f"{ours} - {theirs}", str(one.seeds), verdict(one, half)])
+        for (ours, theirs), one, (half, clear) in zip(pairs, found, halves, strict=True):
+            rows.append([f"{ours} - {theirs}", str(one.seeds), verdict(one, half, clear)])
         return ["difference of the means, points", "seeds", f"interval ({1 - ALPHA:.0%} in all, Holm)"], rows
 
     def costs(self) -> Table:
@@ -218,16 +218,15 @@ def plain(one: Table) -> Table:
     return head, [[cell.replace("**", "") for cell in row] for row in rows]
 
 
-def verdict(one: Difference, half: float | None) -> str:
+def verdict(one: Difference, half: float | None, clear: bool) -> str:
     """Returns a cell: the difference in points, its half-width, and whether it is separable from 0.
 
-    half: at the level that the comparison was held to; None where it is not separable.
+    half: at the level that the comparison was held to; None of one seed.
     """
-    if one.seed_error is None:
-        return f"{100 * one.mean:+.2f}, one seed: no interval"
     if half is None:
-        return f"{100 * one.mean:+.2f} ± {100 * (one.half_width() or 0):.2f}, not separable"
-    return f"**{100 * one.mean:+.2f} ± {100 * half:.2f}**"
+        return f"{100 * one.mean:+.2f}, one seed: no interval"
+    interval = f"{100 * one.mean:+.2f} ± {100 * half:.2f}"
+    return f"**{interval}**" if clear else f"{interval}, not separable"
 
 
 def groups_of(shards: str, judge: JudgeConfig) -> list[str]:

@@ -69,20 +69,22 @@ def _bootstrapped(value_M: np.ndarray, group_M: Sequence[str], draws: int, rando
     return (times_DG @ sum_G) / (times_DG @ size_G)
 
 
-def separable(differences: Sequence[Difference], alpha: float = ALPHA) -> list[float | None]:
-    """Returns by Holm's procedure the half-width of each difference's interval; None where it is not separable from 0.
+def separable(differences: Sequence[Difference], alpha: float = ALPHA) -> list[tuple[float | None, bool]]:
+    """Returns by Holm's procedure the half-width of each difference's interval, and whether it is separable from 0.
 
     The clearest difference is held to the level alpha / n, the next to alpha / (n - 1), and so on, until one of these
-    intervals covers 0: from there on, none is separable.
+    intervals covers 0: from there on, none is separable, and the level stays. One seed has no half-width.
     """
-    found: list[float | None] = [None] * len(differences)
+    found: list[tuple[float | None, bool]] = [(None, False)] * len(differences)
     testable = [i for i, one in enumerate(differences) if one.seed_error is not None]
     order = sorted(testable, key=lambda i: _clearness(differences[i]), reverse=True)
+    level, clear = alpha / max(1, len(differences)), True
     for rank, i in enumerate(order):
-        half = differences[i].half_width(alpha / (len(differences) - rank))
-        if half is None or abs(differences[i].mean) <= half:
-            break
-        found[i] = half
+        if clear:
+            level = alpha / (len(differences) - rank)
+        half = differences[i].half_width(level)
+        clear = clear and half is not None and abs(differences[i].mean) > half
+        found[i] = half, clear
     return found
 
 

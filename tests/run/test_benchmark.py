@@ -423,7 +423,7 @@ def test_the_tables_hold_what_was_found(small, monkeypatch):
     assert rows[2] == ["CLIP, wrong", "1", "60.0 / 60.0", "60.00", "+10.00"]
     assert rows[-1] == ["untrained", "1", "50.0 / 50.0", "50.00", "+0.00"]
     (_, ahead), (_, wrong) = ((row[0], row[2]) for row in results.comparisons()[1])
-    assert re.fullmatch(r"\+11\.00 ± 1\d\.\d\d, not separable", ahead), "t with one degree of freedom is 12.7"
+    assert re.fullmatch(r"\+11\.00 ± 2\d\.\d\d, not separable", ahead), "t with one degree of freedom is 25.5 at 2.5%"
     assert wrong == "+10.00, one seed: no interval"
     costs = {row[0]: row[1:] for row in results.costs()[1]}
     assert costs["MAE"] == ["128", "1.3", "1.00", "7", "100", "0.002 (edge of the grid)"]
@@ -526,8 +526,8 @@ def test_the_cost_of_an_encoder_whose_name_has_a_slash(tmp_path):
 
 def test_a_verdict_is_in_the_cell():
     clear, noisy = Difference(0.02, 5, 0.001, 0.001), Difference(0.002, 5, 0.001, 0.0)
-    assert verdict(clear, 0.004) == "**+2.00 ± 0.40**"
-    assert verdict(noisy, None) == "+0.20 ± 0.28, not separable"
+    assert verdict(clear, 0.004, True) == "**+2.00 ± 0.40**"
+    assert verdict(noisy, 0.005, False) == "+0.20 ± 0.50, not separable"
 
 
 def test_a_section_is_replaced_and_others_stay(tmp_path):
